@@ -1,0 +1,66 @@
+"""What a cluster holds, as values: pools, images and their facts. `ceph/` finds them, `fuse/` shows them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A pool with the `rbd` application. The id stays when the pool is renamed, and is never used again."""
+
+    id: int
+    name: str = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One image, by what never changes: its pool and its id (`rbd info`: id). Renaming changes neither."""
+
+    pool: Pool
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What `ls -l` shows of an image, known without opening it."""
+
+    size: int
+    """Bytes."""
+    object_size: int
+    """Bytes."""
+    modified_ns: int
+    """Nanoseconds since the epoch; RBD moves it once a minute at most (`rbd_mtime_update_interval`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of the cluster's storage, raw, as `ceph df` counts them."""
+
+    total: int
+    available: int
+
+
+class Catalog(Protocol):
+    """The cluster as a file tree sees it. Every method raises RbdfsError with the errno for the process that asks."""
+
+    async def pools(self) -> list[Pool]:
+        """The pools with the `rbd` application that the key may read."""
+
+    async def pool(self, name: str) -> Pool:
+        """One of them by name: ENOENT if there is none, EACCES if the key may not read it."""
+
+    async def image_names(self, pool: Pool) -> dict[str, ImageRef]:
+        """All images of a pool, by name."""
+
+    async def image(self, pool: Pool, name: str) -> ImageRef:
+        """One image by name: ENOENT if there is none."""
+
+    async def facts(self, image: ImageRef) -> ImageFacts:
+        """ENOENT if the image is gone."""
+
+    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts]:
+        """The facts of many images, asked for at once; those that are gone or broken are left out."""
+
+    async def usage(self) -> Usage:
+        """How full the cluster is."""
