@@ -1,0 +1,84 @@
+"""One open file over an image: the read path between a read() of the kernel and an object of the cluster."""
+
+from dataclasses import dataclass
+
+from rbdfs.errors import BeyondEndError
+from rbdfs.image.object_cache import CachedImage, ObjectCache
+from rbdfs.image.readahead import Readahead
+from rbdfs.image.source import Buffer, ImageSource
+
+
+class ReadaheadShare:
+    """The sequential streams of all open files: they divide half of the cache between them.
+
+    Half, because what was just read is newer in the LRU than what waits ahead of the reader: with more, images read at
+    once would push each other's readahead out before it is read.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.files: list[Readahead] = []
+
+    def limit(self) -> int:
+        """Bytes that one stream may have ahead of its reader now."""
+        streams = sum(readahead.sequential_streams for readahead in self.files)
+        return self.budget_bytes // 2 // max(1, streams)
+
+
+@dataclass(slots=True)
+class OpenState:
+    """What all opens of one image share: the image in the cluster, and what the cache holds of it."""
+
+    source: ImageSource
+    cached: CachedImage
+
+
+class OpenImage:
+    """One open() of an image: reads are clamped to its size and answered whole, or with an error."""
+
+    def __init__(self, state: OpenState, cache: ObjectCache, share: ReadaheadShare) -> None:
+        self._state = state
+        self._cache = cache
+        self._share = share
+        self._readahead = Readahead(state.cached.layout.transfer)
+        share.files.append(self._readahead)
+
+    @property
+    def size(self) -> int:
+        """Bytes, as last heard of the cluster."""
+        return self._state.source.size
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes [offset, offset + length) of the image, fewer only where the image ends.
+
+        Raises RbdfsError with librbd's errno; never returns less in the middle, and never zeros for what could not be
+        read.
+        """
+        state = self._state
+        size = state.source.size
+        if offset + length > size:
+            size = await state.source.refresh()
+            length = min(length, size - offset)
+            if length <= 0:
+                return b""
+        ahead = self._readahead.on_read(offset, length, size, self._share.limit)
+        if ahead is not None:
+            self._prefetch(*ahead)
+        try:
+            return await self._cache.read(state.cached, offset, length)
+        except BeyondEndError:
+            # Others may have shrunk the image under us: then it ends here, and that is the answer.
+            if await state.source.refresh() >= offset + length:
+                raise
+            return await self.read(offset, length)
+
+    def close(self) -> None:
+        """This open() reads no more."""
+        self._share.files.remove(self._readahead)
+
+    def _prefetch(self, start: int, end: int) -> None:
+        transfer = self._readahead.transfer
+        while start < end:
+            stop = min(end, (start // transfer + 1) * transfer)
+            self._cache.prefetch(self._state.cached, start, stop - start)
+            start = stop

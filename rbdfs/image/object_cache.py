@@ -1,0 +1,262 @@
+"""What was read of objects: a byte-budgeted LRU, and one fetch for all who wait for the same bytes.
+
+librbd's own path one level up: a read becomes object extents (`file_to_extents`); what the cache holds of each object
+is answered, the rest is fetched. librbd reads an image by image offsets, so missing extents that touch in the image,
+in one object or over several, are fetched with one aio.
+
+Everything here happens in the trio thread, so there is no lock; between a look at the cache and the act that relies on
+it there is no await.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import trio
+
+from rbdfs.errors import RbdfsError
+from rbdfs.image.source import Buffer, ImageSource, ReadResult
+from rbdfs.image.striper import Layout, file_to_extents
+from rbdfs.image.throttle import Throttle
+
+MISS_ALIGNMENT = 4096
+"""A miss is rounded out to multiples of this many bytes: the reader's page and BlueStore's checksum block, so that it
+costs the OSD nothing more. It bounds what a random read fetches: the request and less than two of these."""
+
+_BEYOND_ANY_OFFSET = 1 << 63
+
+
+class Fetch:
+    """One aio: queued, in flight or landed. The unit of single flight, of the LRU and of the budget."""
+
+    __slots__ = ("data", "error", "image", "length", "listed", "objects", "offset", "waiters")
+
+    def __init__(self, image: "CachedImage", offset: int, length: int) -> None:
+        self.image = image
+        self.offset = offset
+        self.length = length
+        self.objects: list[int] = []
+        self.listed = False
+        self.data: memoryview | None = None
+        self.error: RbdfsError | None = None
+        self.waiters: list[trio.lowlevel.Task] = []
+
+    async def landed(self) -> memoryview:
+        """All its bytes. Raises its error. A waiter that is cancelled leaves the aio to finish."""
+        if self.data is None and self.error is None:
+            task = trio.lowlevel.current_task()
+            self.waiters.append(task)
+
+            def abandon(_: object) -> trio.lowlevel.Abort:
+                self.waiters.remove(task)
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abandon)
+        if self.data is None:
+            raise self.error or AssertionError("a fetch landed with neither bytes nor error")
+        return self.data
+
+    def land(self, result: ReadResult) -> None:
+        """The aio has ended: wake all who wait."""
+        if isinstance(result, RbdfsError):
+            self.error = result
+        else:
+            self.data = memoryview(result)
+        for task in self.waiters:
+            trio.lowlevel.reschedule(task)
+        self.waiters.clear()
+
+
+class Piece(NamedTuple):
+    """The bytes [start, end) of an object are in `fetch`, from `fetch_offset` on."""
+
+    start: int
+    end: int
+    fetch: Fetch
+    fetch_offset: int
+
+
+class CachedImage:
+    """What the cache holds of one image as it was at one time: object number → its pieces, in order, never overlapping.
+
+    A HEAD that may have been written since gets a new one, so that nothing of the old can answer (close-to-open).
+    """
+
+    __slots__ = ("layout", "objects", "source")
+
+    def __init__(self, source: ImageSource, layout: Layout) -> None:
+        self.source = source
+        self.layout = layout
+        self.objects: dict[int, list[Piece]] = {}
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """What was done so far; for the log, and for tests, which count operations and not seconds."""
+
+    hits: int = 0
+    misses: int = 0
+    aios: int = 0
+    fetched_bytes: int = 0
+    copied_bytes: int = 0
+    evictions: int = 0
+
+
+class ObjectCache:
+    """The bytes of all open images, under one budget; what is in flight counts.
+
+    With a `budget_bytes` of 0 nothing is kept: each read is an aio of its own, and nothing is read ahead.
+    """
+
+    def __init__(self, budget_bytes: int, throttle: Throttle) -> None:
+        if budget_bytes:
+            throttle.max_bytes = min(throttle.max_bytes, budget_bytes)
+        self.budget_bytes = budget_bytes
+        self.counts = CacheCounts()
+        self._throttle = throttle
+        self._landed: OrderedDict[Fetch, None] = OrderedDict()
+        self._landed_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of image data that were read or are being read. At most the budget."""
+        return self._landed_bytes + self._throttle.bytes
+
+    async def read(self, image: CachedImage, offset: int, length: int) -> Buffer:
+        """Exactly `length` bytes at the image offset `offset`; what one fetch holds is not copied.
+
+        The range must lie inside the image. Raises the RbdfsError of a fetch that failed; the next read tries anew.
+        """
+        parts = self._held(image, offset, length) if self.budget_bytes else None
+        if parts is not None:
+            self.counts.hits += 1
+        else:
+            self.counts.misses += 1
+            parts = self._fetch_missing(image, offset, length)
+        if len(parts) == 1:
+            fetch, start, end = parts[0]
+            return (fetch.data or await fetch.landed())[start:end]
+        self.counts.copied_bytes += length
+        return b"".join([(fetch.data or await fetch.landed())[start:end] for fetch, start, end in parts])
+
+    def prefetch(self, image: CachedImage, offset: int, length: int) -> None:
+        """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
+        if length <= self.budget_bytes:
+            for start, end in _missing(image, offset, offset + length):
+                self._submit(image, start, end, urgent=False)
+
+    def forget(self, image: CachedImage) -> None:
+        """Keep nothing of an image. Who waits for a fetch of it still gets the bytes."""
+        for fetch in {piece.fetch for pieces in image.objects.values() for piece in pieces}:
+            if fetch.waiters or not self._throttle.withdraw(fetch):
+                self._unlist(fetch)
+        image.objects.clear()
+
+    def _held(self, image: CachedImage, offset: int, length: int) -> list[tuple[Fetch, int, int]] | None:
+        """The fetches that hold a range, each with the part to take; None if a byte of it is not asked for yet."""
+        parts = []
+        for extent in file_to_extents(image.layout, offset, length):
+            position, end = extent.offset, extent.offset + extent.length
+            pieces = image.objects.get(extent.object_no, [])
+            index = bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1
+            while position < end:
+                if not 0 <= index < len(pieces) or not pieces[index].start <= position < pieces[index].end:
+                    return None
+                start, piece_end, fetch, fetch_offset = pieces[index]
+                part_end = min(end, piece_end)
+                parts.append((fetch, fetch_offset + position - start, fetch_offset + part_end - start))
+                if fetch.data is not None:
+                    self._landed.move_to_end(fetch)
+                else:
+                    self._throttle.hurry(fetch)
+                position = part_end
+                index += 1
+        return parts
+
+    def _fetch_missing(self, image: CachedImage, offset: int, length: int) -> list[tuple[Fetch, int, int]]:
+        """As `_held`, after asking for what is missing."""
+        start = offset - offset % MISS_ALIGNMENT
+        end = min(image.source.size, -(-(offset + length) // MISS_ALIGNMENT) * MISS_ALIGNMENT)
+        if end - start <= self.budget_bytes:
+            for gap_start, gap_end in _missing(image, start, max(end, offset + length)):
+                self._submit(image, gap_start, gap_end, urgent=True)
+            # To make room for a part, a budget hardly larger than this read may have dropped another.
+            if parts := self._held(image, offset, length):
+                return parts
+        return [(self._submit(image, offset, offset + length, urgent=True, listed=False), 0, length)]
+
+    def _submit(self, image: CachedImage, start: int, end: int, *, urgent: bool, listed: bool = True) -> Fetch:
+        """Ask for the image's bytes [start, end), of which none is listed; `listed` lets others find it."""
+        fetch = Fetch(image, start, end - start)
+        if listed:
+            self._list(fetch)
+        self._throttle.submit(fetch, fetch.length, partial(self._start, fetch), urgent=urgent)
+        return fetch
+
+    def _start(self, fetch: Fetch) -> None:
+        while self._landed and self.held_bytes > self.budget_bytes:
+            self._unlist(next(iter(self._landed)))
+            self.counts.evictions += 1
+        self.counts.aios += 1
+        self.counts.fetched_bytes += fetch.length
+        fetch.image.source.aio_read(fetch.offset, fetch.length, partial(self._land, fetch))
+
+    def _land(self, fetch: Fetch, result: ReadResult) -> None:
+        fetch.land(result)
+        if fetch.error is not None:
+            self._unlist(fetch)
+        elif fetch.listed:
+            self._landed[fetch] = None
+            self._landed_bytes += fetch.length
+        self._throttle.done(fetch.length)
+
+    def _list(self, fetch: Fetch) -> None:
+        fetch.listed = True
+        for extent in file_to_extents(fetch.image.layout, fetch.offset, fetch.length):
+            pieces = fetch.image.objects.setdefault(extent.object_no, [])
+            piece = Piece(extent.offset, extent.offset + extent.length, fetch, extent.image_offset - fetch.offset)
+            pieces.insert(bisect_right(pieces, piece[:2]), piece)
+            fetch.objects.append(extent.object_no)
+
+    def _unlist(self, fetch: Fetch) -> None:
+        if not fetch.listed:
+            return
+        fetch.listed = False
+        for object_no in set(fetch.objects):
+            pieces = [piece for piece in fetch.image.objects.get(object_no, ()) if piece.fetch is not fetch]
+            if pieces:
+                fetch.image.objects[object_no] = pieces
+            else:
+                fetch.image.objects.pop(object_no, None)
+        if fetch in self._landed:
+            del self._landed[fetch]
+            self._landed_bytes -= fetch.length
+
+
+def _missing(image: CachedImage, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """The image ranges [start, end) that nobody has asked for yet; ranges that touch come as one."""
+    missing_from = missing_to = offset
+    for extent in file_to_extents(image.layout, offset, end - offset):
+        to_image = extent.image_offset - extent.offset
+        extent_end = extent.offset + extent.length
+        position = extent.offset
+        pieces = image.objects.get(extent.object_no, [])
+        first = max(0, bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1)
+        for piece in pieces[first:]:
+            if piece.start >= extent_end:
+                break
+            if piece.end <= position:
+                continue
+            if position < piece.start:
+                missing_to = piece.start + to_image
+            if missing_from < missing_to:
+                yield missing_from, missing_to
+            position = piece.end
+            missing_from = missing_to = position + to_image
+        if position < extent_end:
+            missing_to = extent_end + to_image
+    if missing_from < missing_to:
+        yield missing_from, missing_to

@@ -1,0 +1,121 @@
+"""The images that are open now: one librbd image, one watch and one cache for all who have the same image open."""
+
+import logging
+from collections.abc import Hashable
+
+import trio
+
+from rbdfs.image.image import OpenImage, OpenState, ReadaheadShare
+from rbdfs.image.object_cache import CachedImage, ObjectCache
+from rbdfs.image.source import Connector
+from rbdfs.image.striper import Layout
+
+log = logging.getLogger(__name__)
+
+KEPT_CLOSED = 1024
+"""Images whose cached bytes are remembered after their last close, for the next open() to find still valid. The bytes
+are under the cache's budget; this bounds the list."""
+
+
+class _Entry:
+    """One image, open or remembered."""
+
+    def __init__(self) -> None:
+        self.lock = trio.Lock()
+        self.users = 0
+        self.state: OpenState | None = None
+        self.cached: CachedImage | None = None
+        self.write_version: int | None = None
+
+
+class OpenImages:
+    """Opens and closes images, and keeps close-to-open: an open() sees all that was written before it.
+
+    What an earlier open() left in the cache may answer only if the image says that nobody can have written since
+    (`ImageSource.write_version`). Older opens go over to the new cache as well, so that the kernel's page cache, which
+    all opens of a file share, is never filled with what is older than the newest open().
+    """
+
+    def __init__(self, cache: ObjectCache) -> None:
+        self._cache = cache
+        self._share = ReadaheadShare(cache.budget_bytes)
+        self._entries: dict[Hashable, _Entry] = {}
+
+    async def open(self, key: Hashable, connect: Connector) -> tuple[OpenImage, bool]:
+        """Open the image `key`; `connect` is called if nobody has it open.
+
+        Also returns whether all that earlier opens have read is still what the image holds. Raises what `connect`
+        raises.
+        """
+        entry = self._entries.setdefault(key, _Entry())
+        entry.users += 1
+        try:
+            async with entry.lock:
+                unchanged = await self._bring_up_to_date(entry, connect)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._leave(key, entry)
+            raise
+        assert entry.state is not None  # noqa: S101  (just set, and kept while there are users)
+        return OpenImage(entry.state, self._cache, self._share), unchanged
+
+    async def close(self, key: Hashable, image: OpenImage) -> None:
+        """End one open(). The last one gives the librbd image and its watch back."""
+        image.close()
+        with trio.CancelScope(shield=True):
+            await self._leave(key, self._entries[key])
+
+    async def aclose(self) -> None:
+        """Close what is still open."""
+        for entry in self._entries.values():
+            if entry.state is not None:
+                await entry.state.source.close()
+        self._entries.clear()
+
+    async def _bring_up_to_date(self, entry: _Entry, connect: Connector) -> bool:
+        state = entry.state
+        source = state.source if state else await connect()
+        try:
+            version = await source.write_version()
+        except BaseException:
+            if state is None:
+                with trio.CancelScope(shield=True):
+                    await source.close()
+            raise
+        unchanged = entry.cached is not None and version is not None and version == entry.write_version
+        if entry.cached is None or not unchanged:
+            if entry.cached is not None:
+                self._cache.forget(entry.cached)
+            layout = Layout(source.object_size, source.stripe_unit, source.stripe_count)
+            entry.cached = CachedImage(source, layout)
+        entry.cached.source = source
+        entry.write_version = version
+        if state is None:
+            entry.state = OpenState(source, entry.cached)
+        else:
+            state.cached = entry.cached
+        return unchanged
+
+    async def _leave(self, key: Hashable, entry: _Entry) -> None:
+        entry.users -= 1
+        async with entry.lock:
+            if entry.users:
+                return
+            if entry.state is not None:
+                source, entry.state = entry.state.source, None
+                await source.close()
+            if not entry.users:
+                self._remember(key, entry)
+
+    def _remember(self, key: Hashable, entry: _Entry) -> None:
+        """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""
+        del self._entries[key]
+        if entry.write_version is not None and entry.cached is not None and entry.cached.objects:
+            self._entries[key] = entry
+        elif entry.cached is not None:
+            self._cache.forget(entry.cached)
+        closed = [key for key, entry in self._entries.items() if not entry.users]
+        for oldest in closed[: max(0, len(closed) - KEPT_CLOSED)]:
+            cached = self._entries.pop(oldest).cached
+            if cached is not None:
+                self._cache.forget(cached)

@@ -1,0 +1,46 @@
+"""What an open image needs of the cluster, and no more. `ceph/image.py` has the real one, the tests a fake."""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from rbdfs.errors import RbdfsError
+
+Buffer = bytes | bytearray | memoryview
+ReadResult = Buffer | RbdfsError
+OnComplete = Callable[[ReadResult], None]
+
+
+class ImageSource(Protocol):
+    """An image (HEAD or snapshot) that is open in the cluster."""
+
+    object_size: int
+    """Bytes. The three that make the image's layout never change while it is open."""
+    stripe_unit: int
+    """Bytes; the object size, without fancy striping."""
+    stripe_count: int
+    """Objects; 1 without fancy striping."""
+    size: int
+    """Bytes, as last heard of the cluster. A HEAD's changes."""
+
+    def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
+        """Start to read `length` bytes at the image offset `offset`.
+
+        `oncomplete` is called once, later, in the trio thread, with exactly `length` bytes or with an error, never
+        with less. What was started cannot be cancelled. Never raises.
+        """
+
+    async def refresh(self) -> int:
+        """Ask the cluster for the size. Bytes; raises RbdfsError, StaleError where the image is gone."""
+
+    async def write_version(self) -> int | None:
+        """A number that stays the same as long as nobody can have written to the image.
+
+        None where that cannot be known: each open must then read afresh.
+        """
+
+    async def close(self) -> None:
+        """Wait for reads in flight, then give the image and its watch back. Does not raise."""
+
+
+Connector = Callable[[], Awaitable[ImageSource]]
+"""Opens one image in the cluster anew. Raises RbdfsError with the errno that an open() of the file should get."""

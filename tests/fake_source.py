@@ -1,0 +1,80 @@
+"""An `ImageSource` in memory. test_image_source.py holds it to the same contract as the real one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
+from rbdfs.image.source import Buffer, OnComplete
+
+
+@dataclass
+class Aio:
+    """One read that was started."""
+
+    offset: int
+    length: int
+    complete: Callable[[], None]
+
+
+@dataclass
+class FakeSource:
+    """Completions come at trio's next turn, as the real ones; with `hold`, when `release` says so."""
+
+    content: bytearray
+    object_size: int = 1 << 12
+    stripe_unit: int = 0
+    stripe_count: int = 1
+    hold: bool = False
+    fail_with: int = 0
+    version: int | None = 1
+    closed: bool = False
+    gone: bool = False
+    aios: list[Aio] = field(default_factory=list)
+    held: list[Aio] = field(default_factory=list)
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        self.size = len(self.content)
+        self.stripe_unit = self.stripe_unit or self.object_size
+
+    @property
+    def fetched_bytes(self) -> int:
+        """All that was asked of the cluster so far."""
+        return sum(aio.length for aio in self.aios)
+
+    def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
+        """See `ImageSource.aio_read`."""
+        data: Buffer | RbdfsError = bytes(self.content[offset : offset + length])
+        if self.fail_with:
+            data = ReadError(f"cannot read at {offset} (+{length})", self.fail_with)
+        elif offset + length > len(self.content):
+            data = BeyondEndError(f"cannot read at {offset} (+{length})")
+        aio = Aio(offset, length, lambda: oncomplete(data))
+        self.aios.append(aio)
+        if self.hold:
+            self.held.append(aio)
+        else:
+            trio.lowlevel.current_trio_token().run_sync_soon(aio.complete)
+
+    def release(self, count: int | None = None) -> None:
+        """Complete the oldest reads that are held back; all, if not told how many."""
+        due, self.held = self.held[:count], self.held[len(self.held[:count]) :]
+        for aio in due:
+            aio.complete()
+
+    async def refresh(self) -> int:
+        """See `ImageSource.refresh`."""
+        if self.gone:
+            raise StaleError("the image is gone")
+        self.size = len(self.content)
+        return self.size
+
+    async def write_version(self) -> int | None:
+        """See `ImageSource.write_version`."""
+        return self.version
+
+    async def close(self) -> None:
+        """See `ImageSource.close`."""
+        self.closed = True

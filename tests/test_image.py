@@ -1,0 +1,192 @@
+"""Open images: the read path as a whole over a fake cluster, close-to-open, and what is shared between opens."""
+
+import errno
+import random
+
+import pytest
+
+from rbdfs.errors import ReadError, StaleError
+from rbdfs.image.object_cache import ObjectCache
+from rbdfs.image.open_images import OpenImages
+from rbdfs.image.striper import MIB
+from rbdfs.image.throttle import Throttle
+from tests.fake_source import FakeSource
+from tests.in_trio import in_trio
+
+KIB = 1024
+
+
+def random_source(size: int, object_size: int = 4 * MIB) -> FakeSource:
+    return FakeSource(bytearray(random.Random(size).randbytes(size)), object_size=object_size)
+
+
+class Cluster:
+    """One image, and a count of how often it was opened there."""
+
+    def __init__(self, source: FakeSource, cache_bytes: int = 64 * MIB) -> None:
+        self.source = source
+        self.opens = 0
+        self.cache = ObjectCache(cache_bytes, Throttle(64, 32 * MIB))
+        self.images = OpenImages(self.cache)
+
+    async def connect(self) -> FakeSource:
+        self.opens += 1
+        self.source.closed = False
+        return self.source
+
+
+@in_trio
+async def test_reads_at_past_and_across_the_end_are_as_posix_says() -> None:
+    cluster = Cluster(random_source(10_000))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    assert await image.read(10_000, 10) == b""
+    assert await image.read(20_000, 10) == b""
+    assert await image.read(500, 0) == b""
+    assert bytes(await image.read(9_990, 100)) == cluster.source.content[9_990:]
+
+
+@in_trio
+async def test_a_sequential_reader_gets_the_image_with_one_aio_a_transfer() -> None:
+    cluster = Cluster(random_source(40 * MIB + 7))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    step = 128 * KIB
+    for offset in range(0, image.size, step):
+        assert bytes(await image.read(offset, step)) == cluster.source.content[offset : offset + step]
+    assert cluster.source.fetched_bytes == image.size
+    assert len(cluster.source.aios) <= 13
+
+
+@in_trio
+async def test_small_random_reads_fetch_at_most_64_kib_each() -> None:
+    cluster = Cluster(random_source(64 * MIB))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    chance = random.Random(3)
+    for _ in range(500):
+        await image.read(chance.randrange(image.size // 4096) * 4096, 4096)
+    assert cluster.source.fetched_bytes <= 500 * 64 * KIB
+    assert max(aio.length for aio in cluster.source.aios) <= 4 * MIB
+
+
+@in_trio
+async def test_all_opens_share_one_image_and_the_last_close_gives_it_back() -> None:
+    cluster = Cluster(random_source(10_000))
+    first, _ = await cluster.images.open("key", cluster.connect)
+    second, _ = await cluster.images.open("key", cluster.connect)
+    await cluster.images.close("key", first)
+    assert cluster.opens == 1
+    assert not cluster.source.closed
+    await cluster.images.close("key", second)
+    assert cluster.source.closed
+
+
+@in_trio
+async def test_an_open_after_a_write_sees_it_and_so_do_older_opens() -> None:
+    cluster = Cluster(random_source(10_000))
+    old, _ = await cluster.images.open("key", cluster.connect)
+    before = bytes(await old.read(0, 100))
+    cluster.source.content[0:100] = b"w" * 100
+    cluster.source.version = 2
+    assert bytes(await old.read(0, 100)) == before
+    new, unchanged = await cluster.images.open("key", cluster.connect)
+    assert not unchanged
+    assert bytes(await new.read(0, 100)) == b"w" * 100
+    assert bytes(await old.read(0, 100)) == b"w" * 100
+
+
+@in_trio
+async def test_an_image_that_nobody_can_have_written_answers_from_the_cache_after_its_last_close() -> None:
+    cluster = Cluster(random_source(10_000))
+    for expected in (False, True):
+        image, unchanged = await cluster.images.open("key", cluster.connect)
+        assert unchanged is expected
+        await image.read(0, 10_000)
+        await cluster.images.close("key", image)
+    assert len(cluster.source.aios) == 1
+
+
+@in_trio
+async def test_an_image_that_gives_no_promise_is_read_afresh_at_each_open() -> None:
+    cluster = Cluster(random_source(10_000))
+    cluster.source.version = None
+    for _ in range(2):
+        image, unchanged = await cluster.images.open("key", cluster.connect)
+        assert not unchanged
+        await image.read(0, 10_000)
+        await cluster.images.close("key", image)
+    assert len(cluster.source.aios) == 2
+    assert cluster.cache.held_bytes == 0
+
+
+@in_trio
+async def test_an_image_that_cannot_be_opened_fails_at_open_and_can_be_opened_later() -> None:
+    cluster = Cluster(random_source(10_000))
+
+    async def refuse() -> FakeSource:
+        raise ReadError("cannot open rbd/vm1: permission denied", errno.EACCES)
+
+    with pytest.raises(ReadError):
+        await cluster.images.open("key", refuse)
+    image, _ = await cluster.images.open("key", cluster.connect)
+    assert len(await image.read(0, 10)) == 10
+
+
+@in_trio
+async def test_growth_shows_at_the_next_read_at_the_end() -> None:
+    cluster = Cluster(random_source(10_000))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    cluster.source.content.extend(b"more")
+    assert bytes(await image.read(10_000, 100)) == b"more"
+
+
+@in_trio
+async def test_a_shrunk_image_ends_where_it_ends_now() -> None:
+    cluster = Cluster(random_source(10_000))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    del cluster.source.content[4_000:]
+    assert bytes(await image.read(3_000, 4_000)) == cluster.source.content[3_000:]
+    assert await image.read(5_000, 10) == b""
+
+
+@in_trio
+async def test_an_error_in_mid_image_is_an_error_and_no_short_read() -> None:
+    cluster = Cluster(random_source(10_000))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    cluster.source.fail_with = errno.EIO
+    with pytest.raises(ReadError):
+        await image.read(0, 100)
+
+
+@in_trio
+async def test_the_end_of_a_removed_image_is_an_error_and_no_end() -> None:
+    cluster = Cluster(random_source(10_000))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    cluster.source.gone = True
+    with pytest.raises(StaleError):
+        await image.read(9_000, 4_096)
+
+
+@in_trio
+async def test_readahead_of_several_files_stays_within_half_of_the_cache() -> None:
+    cluster = Cluster(random_source(64 * MIB))
+    cluster.source.hold = True
+    files = [(await cluster.images.open(key, cluster.connect))[0] for key in "abcd"]
+    for image in files:
+        for stream in image._readahead._streams:
+            assert stream.ahead == 0
+    limits = []
+    for image in files:
+        for step in range(16):
+            image._readahead.on_read(step * MIB, MIB, image.size, image._share.limit)
+        limits.append(image._share.limit())
+    assert limits == [32 * MIB, 16 * MIB, 32 * MIB // 3, 8 * MIB]
+
+
+@in_trio
+async def test_without_a_cache_each_read_is_one_aio_and_nothing_is_read_ahead() -> None:
+    cluster = Cluster(random_source(MIB), cache_bytes=0)
+    image, _ = await cluster.images.open("key", cluster.connect)
+    for offset in range(0, MIB, 128 * KIB):
+        await image.read(offset, 128 * KIB)
+    assert [(aio.offset, aio.length) for aio in cluster.source.aios] == [
+        (offset, 128 * KIB) for offset in range(0, MIB, 128 * KIB)
+    ]

@@ -1,0 +1,70 @@
+"""What may be in flight, and who goes first."""
+
+from functools import partial
+
+from rbdfs.image.throttle import Throttle
+
+
+class Work:
+    """Notes the order in which it is started."""
+
+    def __init__(self, max_ops: int, max_bytes: int) -> None:
+        self.throttle = Throttle(max_ops, max_bytes)
+        self.started: list[str] = []
+
+    def submit(self, name: str, nbytes: int = 1, *, urgent: bool = False) -> None:
+        self.throttle.submit(name, nbytes, partial(self.started.append, name), urgent=urgent)
+
+
+def test_what_fits_starts_at_once_and_the_rest_as_others_end() -> None:
+    work = Work(max_ops=2, max_bytes=100)
+    for name in "abc":
+        work.submit(name)
+    assert work.started == ["a", "b"]
+    work.throttle.done(1)
+    assert work.started == ["a", "b", "c"]
+
+
+def test_bytes_are_limited_as_well() -> None:
+    work = Work(max_ops=10, max_bytes=100)
+    work.submit("a", 60)
+    work.submit("b", 60)
+    assert work.started == ["a"]
+    assert work.throttle.bytes == 60
+
+
+def test_more_than_the_limit_at_once_starts_alone() -> None:
+    work = Work(max_ops=10, max_bytes=100)
+    work.submit("huge", 1000)
+    work.submit("small", 1)
+    assert work.started == ["huge"]
+    work.throttle.done(1000)
+    assert work.started == ["huge", "small"]
+
+
+def test_who_is_waited_for_goes_before_what_is_read_ahead() -> None:
+    work = Work(max_ops=1, max_bytes=100)
+    work.submit("first")
+    work.submit("ahead")
+    work.submit("demand", urgent=True)
+    work.throttle.done(1)
+    assert work.started == ["first", "demand"]
+
+
+def test_what_is_hurried_is_waited_for() -> None:
+    work = Work(max_ops=1, max_bytes=100)
+    for name in ("first", "ahead", "further"):
+        work.submit(name)
+    work.throttle.hurry("further")
+    work.throttle.done(1)
+    assert work.started == ["first", "further"]
+
+
+def test_what_is_withdrawn_is_never_started() -> None:
+    work = Work(max_ops=1, max_bytes=100)
+    work.submit("first")
+    work.submit("ahead")
+    assert work.throttle.withdraw("ahead")
+    assert not work.throttle.withdraw("first")
+    work.throttle.done(1)
+    assert work.started == ["first"]
