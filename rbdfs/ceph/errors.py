@@ -1,0 +1,29 @@
+"""Errors of Ceph's bindings → RbdfsError. Theirs share names with Python's own and are none of them."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import rados
+import rbd
+
+from rbdfs.errors import RbdfsError
+
+_FAMILIES = (rados.Error, rbd.Error)
+
+
+def errno_of(error: Exception) -> int:
+    """The positive errno that an exception of rados or rbd stands for; EIO where it has none."""
+    number = getattr(error, "errno", None)
+    return abs(number) if isinstance(number, int) and number else errno.EIO
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn errors of the bindings into `cannot <doing>: <reason>`, with their errno."""
+    try:
+        yield
+    except _FAMILIES as error:
+        number = errno_of(error)
+        raise RbdfsError(f"cannot {doing}: {os.strerror(number)}", number) from error
