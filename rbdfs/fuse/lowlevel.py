@@ -1,0 +1,172 @@
+"""The FUSE operation that pyfuse3 does not bind: lseek, for SEEK_DATA and SEEK_HOLE.
+
+pyfuse3 leaves libfuse's slot for lseek empty, and the kernel then treats every file as solid data. The C library
+built from lowlevel.c fills the slot. For that the dynamic linker must find it before it binds pyfuse3 to libfuse, that
+is, before pyfuse3 is imported: `rbdfs/fuse/__init__.py` sees to it. Without the library (no compiler or no
+libfuse3-dev when rbdfs was installed) all else works, and files look solid.
+
+What the kernel does (fs/fuse/file.c: fuse_file_llseek, fuse_lseek): only SEEK_DATA and SEEK_HOLE come here, also with
+an offset past the end of the file. It holds the inode's lock meanwhile, so that seeks in one file come one at a time.
+ENOSYS it remembers, and never asks this mount again.
+"""
+
+import ctypes
+import errno
+import importlib.util
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol, TypeVar
+
+import trio
+
+from rbdfs.errors import RbdfsError
+
+log = logging.getLogger(__name__)
+
+LseekHandler = Callable[[int, int, int, int], Awaitable[int]]
+"""(inode, fh, offset, whence) → where the next data or hole begins, at or after `offset`; both in bytes of the file.
+
+`whence` is os.SEEK_DATA or os.SEEK_HOLE, and the end of the file counts as a hole. Raises RbdfsError or FUSEError with
+the errno for the caller: ENXIO for an offset at or past the end, and for SEEK_DATA after the last data. A caller that
+waits cannot be killed: answer in bounded time.
+"""
+
+
+class Nursery(Protocol):
+    """Where requests run: a trio nursery, of which only this is used."""
+
+    def start_soon(self, async_fn: Callable[..., Awaitable[object]], /, *args: object, name: object = None) -> None: ...
+
+
+_OFFSET_MAX: Final = 2**63 - 1  # loff_t
+_ERRNO_MAX: Final = 511  # the kernel takes no error beyond it (fs/fuse/dev.c: fuse_dev_do_write)
+
+_Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int)
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _load_library() -> ctypes.PyDLL | None:
+    """The library, put in front of libfuse for whatever is loaded from now on; None where it was not built.
+
+    A PyDLL keeps the GIL in calls: a reply is one short write to /dev/fuse, not worth changing hands for.
+    """
+    spec = importlib.util.find_spec("rbdfs.fuse._lowlevel")  # built like an extension module, never imported as one
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.PyDLL(spec.origin, mode=ctypes.RTLD_GLOBAL)
+    library.rbdfs_lseek_sessions.argtypes = []
+    library.rbdfs_lseek_callback.argtypes = [_Callback]
+    library.rbdfs_lseek_callback.restype = None
+    library.rbdfs_lseek_reply.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.rbdfs_lseek_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    return library
+
+
+_library = _load_library()
+
+import pyfuse3  # noqa: E402  (after the library, or pyfuse3 would be bound past it)
+
+
+def lseek_unavailable() -> str | None:
+    """Why files look solid, as a sentence; None if SEEK_DATA and SEEK_HOLE can work. Ask after `pyfuse3.init`."""
+    if _library is None:
+        return "rbdfs was installed without its C library; install gcc and libfuse3-dev, then reinstall rbdfs"
+    if not _library.rbdfs_lseek_sessions():
+        return "rbdfs's C library did not get between pyfuse3 and libfuse; was pyfuse3 imported before rbdfs.fuse?"
+    return None
+
+
+@contextmanager
+def serve_lseek(handler: LseekHandler, nursery: Nursery) -> Iterator[None]:
+    """Answer seeks by `handler`: enter after `pyfuse3.init`, run `pyfuse3.main` inside, leave before `pyfuse3.close`.
+
+    Each request is a task in `nursery`, beside those that pyfuse3 serves and not counted in its `max_tasks`. An error
+    that is neither RbdfsError nor FUSEError is logged with its traceback and answered EIO. What is cancelled, or still
+    waits when the context ends, is answered ECONNABORTED, as the kernel answers requests that an unmount cuts off.
+    Nothing is sent after the end of the context. Where seeks cannot be served, says so in the log, once, and does
+    nothing.
+    """
+    reason = lseek_unavailable()
+    if _library is None or reason is not None:
+        log.warning("holes look like data, so sparse images are copied in full: %s", reason)
+        yield
+        return
+    requests = _Requests(_library, handler, nursery)
+    callback = _Callback(requests.begin)
+    _library.rbdfs_lseek_callback(callback)
+    try:
+        yield
+    finally:
+        _library.rbdfs_lseek_callback(_Callback())
+        requests.abort()
+
+
+def _not_interrupted(function: _Function) -> _Function:
+    """trio's enable_ki_protection, typed for every trio: Ctrl-C here would lose a request, and itself."""
+    protected: _Function = trio.lowlevel.enable_ki_protection(function)
+    return protected
+
+
+class _Requests:
+    """The seeks that wait for an answer. Each is answered once: by whoever takes it out of `_waiting`."""
+
+    def __init__(self, library: ctypes.PyDLL, handler: LseekHandler, nursery: Nursery) -> None:
+        self._library = library
+        self._handler = handler
+        self._nursery = nursery
+        self._waiting: dict[int, trio.CancelScope] = {}  # by the address of libfuse's request
+
+    @_not_interrupted
+    def begin(self, request: int, inode: int, fh: int, offset: int, whence: int) -> None:
+        """Called by libfuse, in the trio thread, with the GIL; must neither block nor raise."""
+        self._waiting[request] = trio.CancelScope()
+        try:
+            name = f"lseek in inode {inode}"
+            self._nursery.start_soon(self._answer, request, inode, fh, offset, whence, name=name)
+        except RuntimeError:  # the nursery is closed: the mount is being taken down
+            self._send(request, -errno.ECONNABORTED)
+
+    def abort(self) -> None:
+        """Answer all that wait, and cancel their handlers."""
+        for request, scope in list(self._waiting.items()):
+            self._send(request, -errno.ECONNABORTED)
+            scope.cancel()
+
+    async def _answer(self, request: int, inode: int, fh: int, offset: int, whence: int) -> None:
+        scope = self._waiting.get(request)
+        if scope is None:  # aborted before it began
+            return
+        with scope:
+            try:
+                found = await self._handler(inode, fh, offset, whence)
+                if not offset <= found <= _OFFSET_MAX:  # an answer that does not advance makes cp loop for ever
+                    raise ValueError(f"the handler answered {found}")
+            except (RbdfsError, pyfuse3.FUSEError) as error:
+                self._send(request, -_answerable(error.errno))
+            except Exception:
+                log.exception("inode %d: lseek(%d, %d) failed unexpectedly", inode, offset, whence)
+                self._send(request, -errno.EIO)
+            except BaseException:  # Cancelled, KeyboardInterrupt
+                self._send(request, -errno.ECONNABORTED)
+                raise
+            else:
+                self._send(request, found)
+
+    @_not_interrupted
+    def _send(self, request: int, answer: int) -> None:
+        """Answer with an offset, or with a negated errno."""
+        if self._waiting.pop(request, None) is None:
+            return
+        if answer < 0:
+            status = self._library.rbdfs_lseek_error(request, -answer)
+        else:
+            status = self._library.rbdfs_lseek_reply(request, answer)
+        if status:  # the caller is gone, or the mount is
+            log.debug("a reply to lseek was not taken: %s", os.strerror(-status))
+
+
+def _answerable(error: int) -> int:
+    """`error` as the kernel takes it; EIO for what is no errno, and for ENOSYS, which would turn seeks off for good."""
+    return error if 0 < error <= _ERRNO_MAX and error != errno.ENOSYS else errno.EIO

@@ -1,0 +1,198 @@
+"""Each FUSE operation in a few lines: bytes ↔ str, attributes, errno. No policy."""
+
+import errno
+import functools
+import itertools
+import logging
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+
+from rbdfs.catalog import Catalog, ImageFacts, ImageRef
+from rbdfs.errors import RbdfsError
+from rbdfs.fuse.tree import Directory, ImageFile, Listed, Node, Tree
+from rbdfs.image.image import OpenImage
+from rbdfs.image.open_images import OpenImages
+from rbdfs.image.source import Buffer, ImageSource
+from rbdfs.spec import ImageSpec
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ENTRY_SECONDS = 1.0
+"""How long the kernel may go by a name or by attributes before it asks again: changes made elsewhere show within it."""
+
+BLOCK_BYTES = 4096
+"""The unit that statfs counts in."""
+
+EXPECTED = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS})
+"""Errors that a file system answers in everyday use; all others are logged as errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Presentation:
+    """How files look, whatever they hold."""
+
+    uid: int
+    gid: int
+    umask: int
+    """Permission bits that are taken away from 0444 (files) and 0555 (directories)."""
+    direct_io: bool
+    """Reads pass by the kernel's page cache (FOPEN_DIRECT_IO)."""
+
+
+def answered(
+    operation: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
+    """The one errno guard: whatever an operation raises is answered as an errno, and the mount lives on.
+
+    pyfuse3 ends the main loop, for everyone, on any exception but FUSEError.
+    """
+
+    @functools.wraps(operation)
+    async def guarded(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await operation(self, *args, **kwargs)
+        except RbdfsError as error:
+            log.log(logging.DEBUG if error.errno in EXPECTED else logging.ERROR, "%s", error)
+            raise pyfuse3.FUSEError(error.errno) from error
+        except pyfuse3.FUSEError:
+            raise
+        except Exception:
+            log.exception("%s failed; the process that asked gets EIO", operation.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return guarded
+
+
+class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # Debian 12's pyfuse3 has no types
+    """The file system that the kernel talks to. It is mounted read-only: the kernel answers writes with EROFS."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        catalog: Catalog,
+        images: OpenImages,
+        connect: Callable[[ImageSpec, ImageRef], Awaitable[ImageSource]],
+        presentation: Presentation,
+    ) -> None:
+        super().__init__()
+        self._tree = tree
+        self._catalog = catalog
+        self._images = images
+        self._connect = connect
+        self._presentation = presentation
+        self._mounted_ns = time.time_ns()
+        self._handles = itertools.count(1)
+        self._files: dict[int, tuple[ImageRef, OpenImage]] = {}
+        self._listings: dict[int, tuple[Listed, ...]] = {}
+
+    @answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """`name` in a directory; the kernel then knows its inode."""
+        node = await self._tree.lookup(self._tree.directory(parent_inode), os.fsdecode(name))
+        attributes = self._attributes(node, await self._facts(node))
+        self._tree.remember(node)
+        return attributes
+
+    @answered
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """The kernel has dropped these inodes from its caches."""
+        for inode, lookups in inode_list:
+            self._tree.forget(inode, lookups)
+
+    @answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """The attributes as the cluster has them now."""
+        node = self._tree.node(inode)
+        return self._attributes(node, await self._facts(node))
+
+    @answered
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """List the directory afresh; what `readdir` answers is frozen in the handle."""
+        listing = await self._tree.list(self._tree.directory(inode))
+        handle = next(self._handles)
+        self._listings[handle] = tuple(listing)
+        return handle
+
+    @answered
+    async def readdir(self, handle: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """The entries from `start_id` on, as many as the kernel takes."""
+        listing = self._listings[handle]
+        for position in range(start_id, len(listing)):
+            name, node, facts = listing[position]
+            attributes = self._attributes(node, facts)
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), attributes, position + 1):
+                break
+            self._tree.remember(node)
+
+    @answered
+    async def releasedir(self, handle: int) -> None:
+        """The listing is no longer needed."""
+        del self._listings[handle]
+
+    @answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open an image. The kernel keeps the pages that it has only if nobody can have written to it since."""
+        node = self._tree.node(inode)
+        if flags & os.O_ACCMODE != os.O_RDONLY or isinstance(node, Directory):
+            raise pyfuse3.FUSEError(errno.EROFS)
+        image, unchanged = await self._images.open(node.ref, partial(self._connect, node.spec, node.ref))
+        handle = next(self._handles)
+        self._files[handle] = node.ref, image
+        return pyfuse3.FileInfo(fh=handle, keep_cache=unchanged, direct_io=self._presentation.direct_io)
+
+    @answered
+    async def read(  # type: ignore[override]  # pyfuse3 takes any contiguous buffer, and says bytes
+        self, handle: int, offset: int, length: int
+    ) -> Buffer:
+        """`length` bytes, fewer only at the end of the image; or an error."""
+        _, image = self._files[handle]
+        return await image.read(offset, length)
+
+    @answered
+    async def release(self, handle: int) -> None:
+        """The last descriptor of an open() was closed."""
+        ref, image = self._files.pop(handle)
+        await self._images.close(ref, image)
+
+    @answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """The raw capacity of the cluster."""
+        usage = await self._catalog.usage()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = BLOCK_BYTES
+        answer.f_blocks = usage.total // BLOCK_BYTES
+        answer.f_bfree = answer.f_bavail = usage.available // BLOCK_BYTES
+        answer.f_namemax = os.pathconf("/", "PC_NAME_MAX")
+        return answer
+
+    async def _facts(self, node: Node) -> ImageFacts | None:
+        return await self._catalog.facts(node.ref) if isinstance(node, ImageFile) else None
+
+    def _attributes(self, node: Node, facts: ImageFacts | None) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = node.inode
+        entry.st_uid = self._presentation.uid
+        entry.st_gid = self._presentation.gid
+        entry.attr_timeout = entry.entry_timeout = ENTRY_SECONDS
+        if facts is None:
+            entry.st_mode = stat.S_IFDIR | 0o555 & ~self._presentation.umask
+            entry.st_nlink = 2
+            changed_ns = self._mounted_ns
+        else:
+            entry.st_mode = stat.S_IFREG | 0o444 & ~self._presentation.umask
+            entry.st_size = facts.size
+            entry.st_blksize = facts.object_size
+            entry.st_blocks = -(-facts.size // 512)
+            changed_ns = facts.modified_ns
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = changed_ns
+        return entry
