@@ -1,0 +1,207 @@
+"""A real Ceph to test against, and a real mount of it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import rados
+import rbd
+
+from rbdfs.commands.devcluster import Devcluster
+
+READ_ONLY_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only")
+RBDFS = (sys.executable, "-m", "rbdfs")
+CHECKOUT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+
+
+def random_bytes(size: int, seed: int = 1) -> bytes:
+    """Bytes that no hole, no shift and no swap can be mistaken for."""
+    return random.Random(seed).randbytes(size)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Poll for what no event tells; fail if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this did not come true in time"
+        os.sched_yield()
+        time.sleep(0.02)
+
+
+class Ceph:
+    """The test run's cluster, as client.admin has it."""
+
+    def __init__(self, devcluster: Devcluster) -> None:
+        self.devcluster = devcluster
+        self.conf = devcluster.conf
+        self.rados = rados.Rados(conffile=os.fspath(self.conf))
+        self.rados.connect()
+        self._names = 0
+
+    def close(self) -> None:
+        """Disconnect; the cluster stays."""
+        self.rados.shutdown()
+
+    def unique(self, prefix: str) -> str:
+        """A name that no other test uses."""
+        self._names += 1
+        return f"{prefix}{self._names}"
+
+    def run(self, *command: str) -> str:
+        """Run one of Ceph's own commands; its output."""
+        environment = os.environ | {"CEPH_CONF": os.fspath(self.conf)}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+        return done.stdout
+
+    @contextmanager
+    def ioctx(self, pool: str = "rbd") -> Iterator[rados.Ioctx]:
+        """A pool, to work on images in."""
+        ioctx = self.rados.open_ioctx(pool)
+        try:
+            yield ioctx
+        finally:
+            ioctx.close()
+
+    def make_pool(self, name: str) -> None:
+        """A pool with the rbd application."""
+        self.run("ceph", "osd", "pool", "create", name, "8")
+        self.run("rbd", "pool", "init", name)
+
+    def remove_pool(self, name: str) -> None:
+        """And all that is in it."""
+        self.run("ceph", "osd", "pool", "rm", name, name, "--yes-i-really-really-mean-it")
+
+    def make_image(
+        self, name: str, content: bytes, object_size: int = 4 * MIB, *, pool: str = "rbd", **options: object
+    ) -> None:
+        """An image with this content."""
+        with self.ioctx(pool) as ioctx:
+            options.setdefault("old_format", False)
+            rbd.RBD().create(ioctx, name, len(content), order=object_size.bit_length() - 1, **options)
+            if content:
+                self.write_image(name, content, pool=pool)
+
+    def write_image(self, name: str, content: bytes, offset: int = 0, *, pool: str = "rbd") -> None:
+        """Write as a client of its own, and be gone."""
+        with self.ioctx(pool) as ioctx, rbd.Image(ioctx, name) as image:
+            for start in range(0, len(content), 32 * MIB):
+                image.write(content[start : start + 32 * MIB], offset + start)
+            image.flush()
+
+    def resize_image(self, name: str, size: int) -> None:
+        """Grow or shrink."""
+        with self.ioctx() as ioctx, rbd.Image(ioctx, name) as image:
+            image.resize(size)
+
+    def remove_image(self, name: str, pool: str = "rbd") -> None:
+        """As `rbd rm`."""
+        with self.ioctx(pool) as ioctx:
+            rbd.RBD().remove(ioctx, name)
+
+    def wait_until_active(self) -> None:
+        """Until an OSD that was started again serves its objects."""
+        with self.ioctx() as ioctx:
+            ioctx.stat("rbd_directory")
+
+    def exported(self, name: str) -> bytes:
+        """The image as `rbd export` has it: the independent reader."""
+        environment = os.environ | {"CEPH_CONF": os.fspath(self.conf)}
+        command = ("rbd", "export", "--no-progress", f"rbd/{name}", "-")
+        return subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120).stdout
+
+    def watchers(self, name: str) -> list[str]:
+        """Who watches an image's header."""
+        status = json.loads(self.run("rbd", "status", f"rbd/{name}", "--format", "json"))
+        return [watcher["address"] for watcher in status.get("watchers", [])]
+
+    def make_key(self, name: str, *caps: str) -> Path:
+        """A key for client.`name` with these caps; the keyring that holds it."""
+        keyring = self.conf.parent / f"test.{name}.keyring"
+        self.run("ceph", "auth", "get-or-create", f"client.{name}", *caps, "-o", os.fspath(keyring))
+        return keyring
+
+    def credentials(self, caps: Sequence[str] | None) -> tuple[str, ...]:
+        """The options that mount with a key of these caps; none for client.admin."""
+        if caps is None:
+            return ()
+        name = self.unique("key")
+        return ("--id", name, "--keyring", os.fspath(self.make_key(name, *caps)))
+
+
+def rbdfs(*arguments: str, conf: Path | None = None, module: str = "rbdfs") -> subprocess.CompletedProcess[str]:
+    """Run a command of rbdfs to its end."""
+    environment = {key: value for key, value in os.environ.items() if key != "CEPH_CONF"} | {
+        "PYTHONPATH": os.fspath(CHECKOUT)
+    }
+    if conf is not None:
+        environment["CEPH_CONF"] = os.fspath(conf)
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+class Mount:
+    """A mount in a process of its own, as a user starts it."""
+
+    def __init__(self, ceph: Ceph, folder: Path, arguments: Sequence[str], module: str) -> None:
+        self.path = folder / "mnt"
+        self.path.mkdir(parents=True)
+        self.log_file = folder / "rbdfs.log"
+        self._allowed: set[str] = set()
+        done = rbdfs(
+            "mount", "-v", "--log-file", str(self.log_file), *arguments, str(self.path), conf=ceph.conf, module=module
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        self.pid = int(self.log_file.read_text().split("rbdfs[", 1)[1].split("]", 1)[0])
+
+    def image(self, name: str, pool: str = "rbd") -> Path:
+        """The file of an image."""
+        return self.path / pool / name
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self.log_file.read_text()
+
+    def expect(self, *levels: str) -> None:
+        """Log records of these levels are what this test is about."""
+        self._allowed.update(levels)
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether the kernel has it."""
+        return f" {self.path} fuse.rbdfs " in Path("/proc/self/mounts").read_text()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there, and no zombie."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    def end(self) -> None:
+        """Unmount, wait for the process, and fail on warnings that the test did not expect."""
+        if self.is_mounted:
+            subprocess.run(["umount", "-l", str(self.path)], check=True)
+        wait_until(lambda: not self.is_running)
+        unexpected = [
+            line
+            for line in self.log.splitlines()
+            if any(f" {level} " in line for level in {"WARNING", "ERROR", "CRITICAL"} - self._allowed)
+            or ("Traceback" not in self._allowed and line.startswith("Traceback"))
+        ]
+        assert not unexpected, self.log

@@ -1,0 +1,50 @@
+"""What tests with a real cluster share: one Ceph for the whole run, and mounts that end with their test."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from rbdfs.commands.devcluster import Devcluster, DevclusterOptions
+from tests.ceph import Ceph, Mount
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """A real single-node Ceph, brought up once."""
+    folder = Path(tempfile.mkdtemp(prefix="rbdfs-test-"))
+    devcluster = Devcluster(DevclusterOptions(folder))
+    try:
+        devcluster.up()
+        ceph = Ceph(devcluster)
+        try:
+            yield ceph
+        finally:
+            ceph.close()
+    finally:
+        devcluster.down()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def mounts(ceph: Ceph) -> Iterator[Callable[..., Mount]]:
+    """Mounts with any arguments; they end with the test."""
+    with ExitStack() as stack:
+
+        def mount(*arguments: str, module: str = "rbdfs") -> Mount:
+            folder = Path(tempfile.mkdtemp(prefix="rbdfs-mount-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            mounted = Mount(ceph, folder, arguments, module)
+            stack.callback(mounted.end)
+            return mounted
+
+        yield mount
+
+
+@pytest.fixture
+def mount(mounts: Callable[..., Mount]) -> Mount:
+    """A mount with the default options."""
+    return mounts()

@@ -1,0 +1,22 @@
+"""`rbdfs`, but looking at an image called `explodes` raises what nobody expects: for a test of the last guard."""
+
+import sys
+
+from rbdfs.catalog import Pool
+from rbdfs.ceph.cluster import Cluster
+from rbdfs.cli import main
+
+find_image = Cluster.image
+
+
+async def explode(self: Cluster, pool: Pool, name: str) -> object:
+    """Find any image but one."""
+    if name == "explodes":
+        raise ZeroDivisionError("nobody expects this")
+    return await find_image(self, pool, name)
+
+
+Cluster.image = explode  # type: ignore[assignment, method-assign]
+
+if __name__ == "__main__":
+    sys.exit(main())
