@@ -119,6 +119,7 @@ def _cluster_options(options: argparse.Namespace) -> "ClusterOptions":
         mon_host=options.mon_host,
         connect_timeout=options.connect_timeout,
         osd_timeout=options.osd_timeout,
+        events=not getattr(options, "callbacks", False),
     )
 
 
@@ -161,6 +162,12 @@ def _add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--direct-io",
         action="store_true",
         help="pass by the kernel's page cache: less CPU for large reads, far more for small ones, no mmap",
+    )
+    speed.add_argument(
+        "--callbacks",
+        action="store_true",
+        help="have librbd call back for each read, as its Python binding does, instead of by its event API: "
+        "slower for small reads",
     )
     parser.add_argument(
         "-o",

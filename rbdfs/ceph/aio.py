@@ -1,7 +1,10 @@
 """The one thread boundary: what librados and librbd do in threads of their own → the task in trio that waits for it.
 
-Ceph's callbacks run in Ceph's threads, which take the GIL for it. So a callback does one thing: it hands over what it
-got and leaves. A batch of completions costs one wake-up of the trio thread, not one each.
+Two ways lead over it. By librbd's event API a completion is a count on an eventfd, and the trio thread fetches what is
+there when it gets to it: no thread of Ceph's ever needs the GIL. By a callback, as Ceph's Python bindings have it, each
+completion runs Python in one of Ceph's threads; it does one thing there, hand over what it got, and leaves, and a batch
+of them costs one wake-up of the trio thread. Image data comes by events (measured: README, "Benchmarks"), by callbacks
+where that cannot be had; the few answers of object classes always come by callbacks.
 """
 
 import errno
@@ -11,18 +14,23 @@ import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, TypeVar, TypeVarTuple
+from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple
 
 import rados
+import rbd
 import trio
 
-from rbdfs.ceph.errors import translated
+from rbdfs.ceph import librbd
+from rbdfs.ceph.errors import errno_of, translated
 from rbdfs.errors import RbdfsError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+Deliver = Callable[[int, bytes], None]
+"""Takes a read's result, a count of bytes or a negative errno, and the buffer that holds them."""
 
 # trio 0.23 gave the option a new name, and warns of the old one.
 _OPTIONS = inspect.signature(trio.to_thread.run_sync).parameters
@@ -109,3 +117,109 @@ async def execute(
         reason = os.strerror(-result)
         raise RbdfsError(f"cannot call {object_class}.{method} on {object_name}: {reason}", -result or errno.EIO)
     return data
+
+
+class ReadHandle(Protocol):
+    """An image that is open in librbd, whichever way its completions come. All but `aio_read` blocks."""
+
+    def start(self) -> None:
+        """In the trio thread, before the first read."""
+
+    def aio_read(self, offset: int, length: int, deliver: Deliver) -> None:
+        """Start a read; `deliver` is called later, in the trio thread. Never raises."""
+
+    def info(self) -> librbd.ImageInfo:
+        """Size, layout, features and flags, after a look at the header if it has changed."""
+
+    async def aclose(self) -> None:
+        """Close. No read may be in flight. Raises RbdfsError."""
+
+
+class EventImage:
+    """Reads by librbd's event API."""
+
+    def __init__(self, ioctx: librbd.Ioctx, image_id: str, *, read_only: bool) -> None:
+        """Blocks. Raises RbdfsError."""
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self._image: librbd.Image[tuple[Deliver, bytes]] = ioctx.open_image(
+                self._event, image_id=image_id, read_only=read_only
+            )
+        except BaseException:
+            os.close(self._event)
+            raise
+        self.info = self._image.info
+        self._dispatching = trio.CancelScope()
+
+    def start(self) -> None:
+        """See `ReadHandle.start`."""
+        trio.lowlevel.spawn_system_task(self._dispatch)
+
+    def aio_read(self, offset: int, length: int, deliver: Deliver) -> None:
+        """See `ReadHandle.aio_read`."""
+        buffer = librbd.new_buffer(length)
+        self._image.submit(offset, length, buffer, (deliver, buffer))
+
+    async def _dispatch(self) -> None:
+        with self._dispatching:
+            while True:
+                await trio.lowlevel.wait_readable(self._event)
+                # First the eventfd, then the completions: one that comes in between is counted again.
+                os.eventfd_read(self._event)
+                for (deliver, buffer), result in self._image.drain():
+                    try:
+                        deliver(result, buffer)
+                    except Exception:
+                        log.exception("a completion could not be delivered")
+
+    async def aclose(self) -> None:
+        """See `ReadHandle.aclose`."""
+        self._dispatching.cancel()
+        try:
+            await in_thread_to_its_end(self._image.close)
+        finally:
+            os.close(self._event)
+
+
+class CallbackImage:
+    """Reads by callbacks of Ceph's own binding."""
+
+    def __init__(self, ioctx: rados.Ioctx, image_id: str, handover: Handover, *, read_only: bool) -> None:
+        """Blocks. Raises RbdfsError."""
+        self._handover = handover
+        with translated(f"open image {image_id}"):
+            self._image = rbd.Image(ioctx, image_id=image_id, read_only=read_only)
+
+    def start(self) -> None:
+        """See `ReadHandle.start`."""
+
+    def aio_read(self, offset: int, length: int, deliver: Deliver) -> None:
+        """See `ReadHandle.aio_read`."""
+
+        def arrived(completion: rbd.Completion, data: bytes) -> None:
+            self._handover.post(partial(deliver, completion.get_return_value(), data))
+
+        try:
+            self._image.aio_read(offset, length, arrived)
+        except rbd.Error as error:
+            self._handover.post(partial(deliver, -errno_of(error), b""))
+
+    def info(self) -> librbd.ImageInfo:
+        """See `ReadHandle.info`."""
+        image = self._image
+        with translated("ask for an image's size"):
+            stat = image.stat()
+            return librbd.ImageInfo(
+                size=image.size(),
+                order=stat["order"],
+                stripe_unit=image.stripe_unit(),
+                stripe_count=image.stripe_count(),
+                features=image.features(),
+                flags=image.flags(),
+                object_prefix=stat["block_name_prefix"],
+            )
+
+    async def aclose(self) -> None:
+        """See `ReadHandle.aclose`."""
+        with translated("close an image"):
+            await in_thread_to_its_end(self._image.close)

@@ -11,9 +11,18 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Pool, Usage
-from rbdfs.ceph import header
-from rbdfs.ceph.aio import Answer, Handover, execute, in_thread, in_thread_to_its_end
-from rbdfs.ceph.connect import ClusterOptions, connect
+from rbdfs.ceph import header, librbd
+from rbdfs.ceph.aio import (
+    Answer,
+    CallbackImage,
+    EventImage,
+    Handover,
+    ReadHandle,
+    execute,
+    in_thread,
+    in_thread_to_its_end,
+)
+from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.image import CephImage
 from rbdfs.errors import ConnectError, RbdfsError
@@ -36,6 +45,8 @@ class Cluster:
         self._handover = handover
         self._only_pools = only_pools
         self._ioctxs: dict[int, rados.Ioctx] = {}
+        self._reads: librbd.Cluster | None = None
+        self._read_ioctxs: dict[int, librbd.Ioctx] = {}
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -43,13 +54,19 @@ class Cluster:
 
         Raises ConnectError, whose sentence says what is wrong on the way to the cluster, or with the rights there.
         """
-        cluster = cls(await in_thread(connect, options), options.name, Handover(), frozenset(only_pools))
+        client = await in_thread(connect, options)
+        cluster = cls(client, options.name, Handover(), frozenset(only_pools))
         with trio.move_on_after(options.connect_timeout) as waiting:
             await cluster._check_rights()
         if waiting.cancelled_caught:
             raise ConnectError(
                 f"the monitors answer, but no OSD did within {options.connect_timeout} s: see 'ceph health detail'"
             )
+        if options.events:
+            try:
+                cluster._reads = await in_thread(connect_for_reads, client, options)
+            except ConnectError as error:
+                log.warning("image data comes by callbacks, which are slower for small reads: %s", error)
         return cluster
 
     async def pools(self) -> list[Pool]:
@@ -125,13 +142,23 @@ class Cluster:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         with translated(f"open pool {image.pool.name}"):
             ioctx = self._rados.open_ioctx2(image.pool.id)
-        return await CephImage.open(spec, image.id, ioctx, self._handover)
+
+        def open_handle(read_only: bool) -> ReadHandle:
+            if self._reads is None:
+                return CallbackImage(ioctx, image.id, self._handover, read_only=read_only)
+            return EventImage(self._read_ioctx(image.pool), image.id, read_only=read_only)
+
+        return await CephImage.open(spec, image.id, ioctx, self._handover, open_handle)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
         await in_thread_to_its_end(self._shutdown)
 
     def _shutdown(self) -> None:
+        for read_ioctx in self._read_ioctxs.values():
+            read_ioctx.destroy()
+        if self._reads is not None:
+            self._reads.shutdown()
         for ioctx in self._ioctxs.values():
             ioctx.close()
         self._rados.shutdown()
@@ -190,3 +217,9 @@ class Cluster:
         if pool.id not in self._ioctxs:
             self._ioctxs[pool.id] = self._rados.open_ioctx2(pool.id)
         return self._ioctxs[pool.id]
+
+    def _read_ioctx(self, pool: Pool) -> librbd.Ioctx:
+        assert self._reads is not None  # noqa: S101  (asked for only then)
+        if pool.id not in self._read_ioctxs:
+            self._read_ioctxs[pool.id] = self._reads.open_ioctx(pool.id)
+        return self._read_ioctxs[pool.id]

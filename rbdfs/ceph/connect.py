@@ -7,10 +7,12 @@ from pathlib import Path
 
 import rados
 
+from rbdfs.ceph import librbd
 from rbdfs.ceph.errors import errno_of
 from rbdfs.errors import ConnectError
 
 DEFAULT_NAME = "client.admin"
+DEFAULT_CLUSTER = "ceph"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class ClusterOptions:
     """Seconds until an unreachable cluster is given up."""
     osd_timeout: int = 120
     """Seconds until an operation that no OSD answers fails with ETIMEDOUT; 0 waits for ever."""
+    events: bool = True
+    """Whether image data comes by librbd's event API; else by callbacks."""
 
 
 def connect(options: ClusterOptions) -> rados.Rados:
@@ -40,8 +44,32 @@ def connect(options: ClusterOptions) -> rados.Rados:
     return client
 
 
+def connect_for_reads(client: rados.Rados, options: ClusterOptions) -> librbd.Cluster:
+    """A second connection, for image data by the event API, as whom and to where `client` is connected.
+
+    Blocks for `connect_timeout` at most. Raises ConnectError.
+    """
+    return librbd.connect(
+        {**librbd.READ_OPTIONS, **_settings(client, options)},
+        conf_file=options.conf,
+        read_conf=client.conffile != rados.Rados.NO_CONF_FILE,
+        cluster_name=options.cluster or DEFAULT_CLUSTER,
+        client_name=options.name,
+    )
+
+
 def _configured(options: ClusterOptions) -> rados.Rados:
     client = _read_conf(options)
+    for option, value in _settings(client, options).items():
+        try:
+            client.conf_set(option, value)
+        except rados.Error as error:
+            raise ConnectError(f"Ceph does not take {option} = {value}: {os.strerror(errno_of(error))}") from error
+    return client
+
+
+def _settings(client: rados.Rados, options: ClusterOptions) -> dict[str, str]:
+    """What we ask of Ceph beyond what its configuration says."""
     settings = {
         "client_mount_timeout": str(options.connect_timeout),
         # librbd's own cache would keep what others overwrite; ours knows close-to-open.
@@ -53,14 +81,9 @@ def _configured(options: ClusterOptions) -> rados.Rados:
         settings["keyring"] = str(options.keyring)
     if options.mon_host is not None:
         settings["mon_host"] = options.mon_host
-    if float(client.conf_get("rados_osd_op_timeout") or 0) == 0:
-        settings["rados_osd_op_timeout"] = str(options.osd_timeout)
-    try:
-        for option, value in settings.items():
-            client.conf_set(option, value)
-    except rados.Error as error:
-        raise ConnectError(f"Ceph does not take {option} = {value}: {os.strerror(errno_of(error))}") from error
-    return client
+    configured = client.conf_get("rados_osd_op_timeout")
+    settings["rados_osd_op_timeout"] = configured if float(configured or 0) else str(options.osd_timeout)
+    return settings
 
 
 def _read_conf(options: ClusterOptions) -> rados.Rados:
@@ -71,7 +94,7 @@ def _read_conf(options: ClusterOptions) -> rados.Rados:
         if options.conf is not None:
             raise ConnectError(f"cannot read {options.conf}: {os.strerror(errno_of(error))}") from error
         if options.mon_host is None:
-            where = os.environ.get("CEPH_CONF") or f"/etc/ceph/{options.cluster or 'ceph'}.conf"
+            where = os.environ.get("CEPH_CONF") or f"/etc/ceph/{options.cluster or DEFAULT_CLUSTER}.conf"
             raise ConnectError(
                 f"no ceph.conf: {where}: {os.strerror(errno_of(error))}; name one with --conf, or the monitors with -m"
             ) from error

@@ -11,9 +11,9 @@ import rados
 import rbd
 import trio
 
-from rbdfs.ceph import header
-from rbdfs.ceph.aio import Handover, in_thread, in_thread_to_its_end
-from rbdfs.ceph.errors import errno_of, translated
+from rbdfs.ceph import header, librbd
+from rbdfs.ceph.aio import Handover, ReadHandle, in_thread, in_thread_to_its_end
+from rbdfs.ceph.errors import translated
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
 
@@ -21,64 +21,72 @@ log = logging.getLogger(__name__)
 
 OnComplete = Callable[[bytes | RbdfsError], None]
 
+OpenHandle = Callable[[bool], ReadHandle]
+"""Opens an image in librbd, read-only if told so; blocks, raises RbdfsError."""
+
 # The argument of cls_lock's get_info, encoded: version 1, compatible with 1, length, the name of librbd's managed lock.
 _GET_LOCK_INFO = struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + header.encode_string("rbd_lock")
 
 
 class CephImage:
-    """The HEAD of an image, open through Ceph's `rbd` binding: an `ImageSource` (rbdfs/image/source.py).
+    """The HEAD of an image that is open in librbd: an `ImageSource` (rbdfs/image/source.py).
 
     Where the key allows it the image is open as for writing, though nothing is ever written: only so does librbd hold a
     watch, and only with a watch is `rbd rm` refused meanwhile, and do reads follow a resize. `osd 'profile
     rbd-read-only'` allows no watch; then it is open read-only, and opened anew when the size has changed.
     """
 
-    def __init__(self, spec: ImageSpec, image_id: str, ioctx: rados.Ioctx, handover: Handover) -> None:
-        """Blocks; `open` is for trio. Raises Ceph's own errors. `ioctx` is closed with the image."""
+    def __init__(
+        self, spec: ImageSpec, image_id: str, ioctx: rados.Ioctx, handover: Handover, open_handle: OpenHandle
+    ) -> None:
+        """To be followed by `_open`; `open` does both. `ioctx` is closed with the image."""
         self.spec = spec
+        self._header = header.object_name(image_id)
         self._id = image_id
         self._ioctx = ioctx
         self._handover = handover
+        self._open_handle = open_handle
         self._in_flight = 0
         self._idle = trio.Event()
-        self._image = self._open()
-        self.size: int = self._image.size()
-        self.object_size: int = self._image.stat()["obj_size"]
-        self.stripe_unit: int = self._image.stripe_unit()
-        self.stripe_count: int = self._image.stripe_count()
 
     @classmethod
-    async def open(cls, spec: ImageSpec, image_id: str, ioctx: rados.Ioctx, handover: Handover) -> "CephImage":
-        """Open the image; `ioctx` is given away. Raises RbdfsError."""
-        with translated(f"open {spec}"):
-            try:
-                return await in_thread_to_its_end(cls, spec, image_id, ioctx, handover)
-            except BaseException:
-                ioctx.close()
-                raise
-
-    def _open(self) -> rbd.Image:
+    async def open(
+        cls, spec: ImageSpec, image_id: str, ioctx: rados.Ioctx, handover: Handover, open_handle: OpenHandle
+    ) -> "CephImage":
+        """Open the image by `open_handle(read_only)`, which blocks. `ioctx` is given away. Raises RbdfsError."""
+        image = cls(spec, image_id, ioctx, handover, open_handle)
         try:
-            image = rbd.Image(self._ioctx, image_id=self._id, read_only=False)
-            self.is_watched = True
-        except rbd.PermissionError:
-            image = rbd.Image(self._ioctx, image_id=self._id, read_only=True)
-            self.is_watched = False
-            log.info("%s: the key may not watch the image, so nothing holds off its removal", self.spec)
+            await image._open()
+        except BaseException:
+            ioctx.close()
+            raise
         return image
+
+    async def _open(self) -> None:
+        try:
+            self._handle, info = await in_thread_to_its_end(self._open_and_look)
+        except RbdfsError as error:
+            raise RbdfsError(f"cannot open {self.spec}: {error}", error.errno) from error
+        self._handle.start()
+        self.size = info.size
+        self.object_size = 1 << info.order
+        self.stripe_unit = info.stripe_unit
+        self.stripe_count = info.stripe_count
+
+    def _open_and_look(self) -> tuple[ReadHandle, librbd.ImageInfo]:
+        try:
+            handle, self.is_watched = self._open_handle(False), True
+        except RbdfsError as error:
+            if error.errno != errno.EPERM:
+                raise
+            log.info("%s: the key may not watch the image, so nothing holds off its removal", self.spec)
+            handle, self.is_watched = self._open_handle(True), False
+        return handle, handle.info()
 
     def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
         """See `ImageSource.aio_read`."""
         self._in_flight += 1
-
-        def arrived(completion: rbd.Completion, data: bytes) -> None:
-            self._handover.post(partial(finish, completion.get_return_value(), data))
-
-        finish = partial(self._finish, offset, length, oncomplete)
-        try:
-            self._image.aio_read(offset, length, arrived)
-        except (rados.Error, rbd.Error) as error:
-            self._handover.post(partial(finish, -errno_of(error), b""))
+        self._handle.aio_read(offset, length, partial(self._finish, offset, length, oncomplete))
 
     def _finish(self, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes) -> None:
         self._in_flight -= 1
@@ -104,18 +112,18 @@ class CephImage:
             raise
         if size != self.size:
             if self.is_watched:
-                # librbd clips a read to the size that it knows before it looks at the header: size() makes it look.
-                await in_thread(self._image.size)
+                # librbd clips a read to the size that it knows before it looks at the header: this makes it look.
+                await in_thread(self._handle.info)
             else:
                 await self._reopen()
         self.size = size
         return size
 
     async def _reopen(self) -> None:
-        stale = self._image
-        with translated(f"open {self.spec} again after a resize"):
-            self._image = await in_thread_to_its_end(self._open)
-            await in_thread_to_its_end(stale.close)
+        stale = self._handle
+        await self._open()
+        await self._until_idle()
+        await stale.aclose()
 
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`.
@@ -129,25 +137,24 @@ class CephImage:
 
     def _ask_write_version(self) -> int | None:
         # The version comes first: a lock that is taken or given back after it shows in the next version.
-        self._ioctx.stat(header.object_name(self._id))
+        self._ioctx.stat(self._header)
         version = int(self._ioctx.get_last_version())
-        if not self._image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
+        if not self._handle.info().features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
             return None
-        _, info = self._ioctx.execute(header.object_name(self._id), "lock", "get_info", _GET_LOCK_INFO)
+        _, info = self._ioctx.execute(self._header, "lock", "get_info", _GET_LOCK_INFO)
         (lockers,) = struct.unpack_from("<I", info, 6)
         return None if lockers else version
 
     async def close(self) -> None:
         """See `ImageSource.close`."""
-        while self._in_flight:
-            await self._idle.wait()
+        await self._until_idle()
         try:
-            await in_thread_to_its_end(self._close)
-        except (rados.Error, rbd.Error):
-            log.warning("%s could not be closed in good order", self.spec, exc_info=True)
-
-    def _close(self) -> None:
-        try:
-            self._image.close()
+            await self._handle.aclose()
+        except RbdfsError as error:
+            log.warning("%s could not be closed in good order: %s", self.spec, error)
         finally:
             self._ioctx.close()
+
+    async def _until_idle(self) -> None:
+        while self._in_flight:
+            await self._idle.wait()
