@@ -1,7 +1,10 @@
 """What tests with a real cluster share: one Ceph for the whole run, and mounts that end with their test."""
 
+import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +13,9 @@ import pytest
 
 from rbdfs.commands.devcluster import Devcluster, DevclusterOptions
 from tests.ceph import Ceph, Mount
+
+HUNG_SECONDS = 120.0
+"""No test uses its mount for longer."""
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +45,10 @@ def mounts(ceph: Ceph) -> Iterator[Callable[..., Mount]]:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             mounted = Mount(ceph, folder, arguments, module)
             stack.callback(mounted.end)
+            # A process that waits for a mount cannot be killed, not even by a test's timeout: the mount can.
+            watchdog = threading.Timer(HUNG_SECONDS, os.kill, (mounted.pid, signal.SIGKILL))
+            watchdog.start()
+            stack.callback(watchdog.cancel)
             return mounted
 
         yield mount

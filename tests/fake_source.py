@@ -34,6 +34,7 @@ class FakeSource:
     aios: list[Aio] = field(default_factory=list)
     held: list[Aio] = field(default_factory=list)
     size: int = 0
+    underway: int = 0
 
     def __post_init__(self) -> None:
         self.size = len(self.content)
@@ -56,7 +57,12 @@ class FakeSource:
         if self.hold:
             self.held.append(aio)
         else:
-            trio.lowlevel.current_trio_token().run_sync_soon(aio.complete)
+            self.underway += 1
+            trio.lowlevel.current_trio_token().run_sync_soon(self._complete, aio)
+
+    def _complete(self, aio: Aio) -> None:
+        self.underway -= 1
+        aio.complete()
 
     def release(self, count: int | None = None) -> None:
         """Complete the oldest reads that are held back; all, if not told how many."""
@@ -77,4 +83,6 @@ class FakeSource:
 
     async def close(self) -> None:
         """See `ImageSource.close`."""
+        while self.underway:
+            await trio.lowlevel.checkpoint()
         self.closed = True

@@ -18,7 +18,6 @@ def test_the_root_lists_pools_and_a_pool_its_images_as_read_only_files(ceph: Cep
     name = ceph.unique("listed")
     ceph.make_image(name, random_bytes(5 * MIB), MIB)
     assert "rbd" in os.listdir(mount.path)
-    assert "device_health_metrics" not in os.listdir(mount.path)
     assert name in os.listdir(mount.path / "rbd")
     status = mount.image(name).stat()
     assert (status.st_mode, status.st_size, status.st_blksize) == (0o100444, 5 * MIB, MIB)
@@ -65,9 +64,19 @@ def test_writes_creates_and_removals_fail_with_erofs(ceph: Ceph, mount: Mount, a
 
 
 def test_what_is_not_there_is_enoent(mount: Mount) -> None:
-    for path in ("nope", "rbd/nope", "device_health_metrics"):
+    for path in ("nope", "rbd/nope"):
         with pytest.raises(FileNotFoundError):
             (mount.path / path).stat()
+
+
+def test_a_pool_without_the_application_rbd_is_not_there(ceph: Ceph, mount: Mount) -> None:
+    pool = ceph.unique("plain")
+    ceph.run("ceph", "osd", "pool", "create", pool, "8")
+    try:
+        assert pool not in os.listdir(mount.path)
+        assert not (mount.path / pool).exists()
+    finally:
+        ceph.remove_pool(pool)
 
 
 def test_statfs_shows_the_capacity_of_the_cluster(ceph: Ceph, mount: Mount) -> None:

@@ -1,0 +1,185 @@
+"""One contract for what `image/` needs of the cluster: the fake passes it, and a real image does, read either way."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+import rbd
+import trio
+
+from rbdfs.ceph.cluster import Cluster
+from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.errors import BeyondEndError, RbdfsError
+from rbdfs.image.source import Buffer, ImageSource, ReadResult
+from rbdfs.spec import ImageSpec
+from tests.ceph import READ_ONLY_CAPS, Ceph, random_bytes
+from tests.fake_source import FakeSource
+from tests.in_trio import in_trio
+
+SIZE, OBJECT_SIZE, UNIT, COUNT = 1_000_001, 1 << 16, 1 << 14, 3
+CONTENT = random_bytes(SIZE, seed=17)
+
+OpenSource = Callable[[], AbstractAsyncContextManager[ImageSource]]
+
+
+def real(ceph: Ceph, **options: object) -> OpenSource:
+    """Opens a real image, each time a new one."""
+
+    @contextlib.asynccontextmanager
+    async def open_source() -> AsyncIterator[ImageSource]:
+        name = ceph.unique("contract")
+        ceph.make_image(name, CONTENT, OBJECT_SIZE, stripe_unit=UNIT, stripe_count=COUNT)
+        cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf, **options))  # type: ignore[arg-type]
+        try:
+            pool = await cluster.pool("rbd")
+            source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(pool, name))
+            try:
+                yield source
+            finally:
+                await source.close()
+        finally:
+            await cluster.aclose()
+
+    return open_source
+
+
+@contextlib.asynccontextmanager
+async def fake() -> AsyncIterator[ImageSource]:
+    """Opens the fake."""
+    source = FakeSource(bytearray(CONTENT), OBJECT_SIZE, UNIT, COUNT)
+    try:
+        yield source
+    finally:
+        await source.close()
+
+
+@pytest.fixture(params=["fake", "events", "callbacks", "events, read-only caps", "callbacks, read-only caps"])
+def open_source(request: pytest.FixtureRequest) -> OpenSource:
+    """What the contract is about."""
+    if request.param == "fake":
+        return fake
+    ceph: Ceph = request.getfixturevalue("ceph")
+    options: dict[str, object] = {"events": request.param.startswith("events")}
+    if request.param.endswith("caps"):
+        name = ceph.unique("contractkey")
+        options |= {"name": f"client.{name}", "keyring": ceph.make_key(name, *READ_ONLY_CAPS)}
+    return real(ceph, **options)
+
+
+async def read(source: ImageSource, offset: int, length: int) -> ReadResult:
+    """One read, waited for."""
+    results: list[ReadResult] = []
+    done = trio.Event()
+
+    def oncomplete(result: ReadResult) -> None:
+        results.append(result)
+        done.set()
+
+    source.aio_read(offset, length, oncomplete)
+    assert results == [], "oncomplete was called at once"
+    await done.wait()
+    return results[0]
+
+
+def as_bytes(result: ReadResult) -> bytes:
+    """The bytes of a read that must have succeeded."""
+    assert isinstance(result, Buffer)
+    return bytes(result)
+
+
+@in_trio
+async def test_it_knows_its_size_and_layout(open_source: OpenSource) -> None:
+    async with open_source() as source:
+        assert (source.size, source.object_size) == (SIZE, OBJECT_SIZE)
+        assert (source.stripe_unit, source.stripe_count) == (UNIT, COUNT)
+        assert await source.refresh() == SIZE
+
+
+@in_trio
+async def test_a_read_is_exactly_the_bytes_that_were_asked_for(open_source: OpenSource) -> None:
+    async with open_source() as source:
+        for offset, length in [(0, 1), (0, SIZE), (SIZE - 1, 1), (12_345, 300_000), (OBJECT_SIZE - 1, 2)]:
+            assert as_bytes(await read(source, offset, length)) == CONTENT[offset : offset + length]
+
+
+@in_trio
+async def test_many_reads_at_once_each_get_their_own(open_source: OpenSource) -> None:
+    async with open_source() as source, trio.open_nursery() as nursery:
+
+        async def check(offset: int) -> None:
+            assert as_bytes(await read(source, offset, 4096)) == CONTENT[offset : offset + 4096]
+
+        for i in range(200):
+            nursery.start_soon(check, i * 4999)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(SIZE, 1), (SIZE - 1, 2), (SIZE + 10_000_000, 4096), (0, SIZE + 1)])
+@in_trio
+async def test_a_read_beyond_the_end_is_an_error_and_never_short(
+    open_source: OpenSource, offset: int, length: int
+) -> None:
+    async with open_source() as source:
+        assert isinstance(await read(source, offset, length), BeyondEndError)
+
+
+@in_trio
+async def test_close_waits_for_reads_in_flight(open_source: OpenSource) -> None:
+    results: list[ReadResult] = []
+    async with open_source() as source:
+        for i in range(20):
+            source.aio_read(i * 4096, 4096, results.append)
+    assert {as_bytes(result) for result in results} == {CONTENT[i * 4096 : (i + 1) * 4096] for i in range(20)}
+
+
+@in_trio
+async def test_the_write_version_stays_while_nobody_writes(open_source: OpenSource) -> None:
+    async with open_source() as source:
+        version = await source.write_version()
+        assert version is not None
+        await read(source, 0, 4096)
+        assert await source.write_version() == version
+
+
+@in_trio
+async def test_the_write_version_changes_with_a_write_and_is_unknown_while_somebody_may_write(ceph: Ceph) -> None:
+    async with real(ceph)() as source:
+        assert not isinstance(source, FakeSource)
+        name = source.spec.image  # type: ignore[attr-defined]
+        before = await source.write_version()
+        ceph.write_image(name, b"written")
+        after = await source.write_version()
+        assert before != after
+        assert after is not None
+        with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as writer:
+            writer.write(b"again", 0)
+            assert await source.write_version() is None
+            writer.write(b"and again", 0)
+            assert await source.write_version() is None
+        assert await source.write_version() not in (None, before, after)
+
+
+@in_trio
+async def test_without_the_exclusive_lock_feature_there_is_no_promise(ceph: Ceph) -> None:
+    name = ceph.unique("nolock")
+    ceph.make_image(name, b"content", features=1)  # layering alone
+    cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf))
+    try:
+        pool = await cluster.pool("rbd")
+        source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(pool, name))
+        assert await source.write_version() is None
+        await source.close()
+    finally:
+        await cluster.aclose()
+
+
+@in_trio
+async def test_what_is_not_there_is_an_error_with_its_errno(ceph: Ceph) -> None:
+    cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf))
+    try:
+        with pytest.raises(RbdfsError, match="there is no pool nope"):
+            await cluster.pool("nope")
+        with pytest.raises(RbdfsError, match="No such file"):
+            await cluster.image(await cluster.pool("rbd"), "nope")
+    finally:
+        await cluster.aclose()
