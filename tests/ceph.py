@@ -190,7 +190,7 @@ class Mount:
         """Whether its process is there, and no zombie."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return False
 
     def end(self) -> None:

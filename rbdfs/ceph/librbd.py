@@ -138,24 +138,26 @@ def new_buffer(length: int) -> bytes:
     return buffer
 
 
-_M_TRIM_THRESHOLD = -1
+_M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _MMAP_THRESHOLD_MAX = 32 << 20  # the most that glibc accepts on 64 bits
+_KEPT_BYTES = 64 << 20
 
 
-def keep_freed_memory(trim_bytes: int) -> bool:
-    """Have glibc keep up to about `trim_bytes` of freed memory mapped, per arena; False where that cannot be set.
+def keep_freed_memory() -> None:
+    """Have glibc hand freed buffers out again instead of giving them back to the kernel, and from one heap.
 
-    By default it gives large buffers back to the kernel and pays a page fault for each 4 KiB when it takes them again:
-    with the last 64 of many 4 MiB reads held, a fifth of all CPU time (in a virtual machine, where faults are dear).
-    This concerns librbd's network buffers as much as ours. Call it once, at start, for the whole process.
+    By default each large buffer is mapped anew, at the price of a page fault for each 4 KiB, and each of Ceph's threads
+    keeps a heap of its own. With both changed, `dd` of 2 GiB through a mount took 10 to 30% less time and a fifth less
+    CPU, and the process peaked at 380 MB instead of 490 (2 cores, in a virtual machine, where faults are dear; medians
+    of 2 to 4 rounds). Call it before any thread starts. Does nothing where the C library is not glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return bool(
-        mallopt is not None
-        and mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
-        and mallopt(_M_TRIM_THRESHOLD, min(trim_bytes, 2**31 - 1))
-    )
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def _check(result: int, what: str, error: type[RbdfsError] = RbdfsError) -> None:

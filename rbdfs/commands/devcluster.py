@@ -79,6 +79,8 @@ osd pool default pg autoscale mode = off
 osd scrub min interval = 31536000
 osd scrub max interval = 31536000
 osd deep scrub interval = 31536000
+# An OSD that was killed and comes back waits until reads of its former self are out of date: 0.8 of 20 s by default.
+osd pool default read lease ratio = 0.1
 [mon]
 mon data = {folder}/mon
 log file = {folder}/log/$name.log

@@ -17,6 +17,7 @@ import trio
 
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.ceph.librbd import keep_freed_memory
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.operations import Operations, Presentation
 from rbdfs.fuse.session import check_mountpoint, mounted, serve
@@ -72,6 +73,7 @@ def mount(options: MountOptions) -> int:
 
 async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
     """The composition root: wires the parts, and takes them apart in reverse."""
+    keep_freed_memory()
     cluster = await Cluster.connect(options.cluster, options.pools)
     images = OpenImages(ObjectCache(options.cache_bytes, Throttle(MAX_OPS, MAX_BYTES)))
     operations = Operations(Tree(cluster), cluster, images, cluster.open_image, options.presentation)

@@ -10,7 +10,6 @@ it there is no await.
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -130,7 +129,7 @@ class ObjectCache:
 
         The range must lie inside the image. Raises the RbdfsError of a fetch that failed; the next read tries anew.
         """
-        parts = self._held(image, offset, length) if self.budget_bytes else None
+        parts = self._held(image, offset, length)
         if parts is not None:
             self.counts.hits += 1
         else:
@@ -145,7 +144,7 @@ class ObjectCache:
     def prefetch(self, image: CachedImage, offset: int, length: int) -> None:
         """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
         if length <= self.budget_bytes:
-            for start, end in _missing(image, offset, offset + length):
+            for start, end in _missing(image, offset, length):
                 self._submit(image, start, end, urgent=False)
 
     def forget(self, image: CachedImage) -> None:
@@ -180,9 +179,12 @@ class ObjectCache:
         """As `_held`, after asking for what is missing."""
         start = offset - offset % MISS_ALIGNMENT
         end = min(image.source.size, -(-(offset + length) // MISS_ALIGNMENT) * MISS_ALIGNMENT)
+        end = max(end, offset + length)
         if end - start <= self.budget_bytes:
-            for gap_start, gap_end in _missing(image, start, max(end, offset + length)):
-                self._submit(image, gap_start, gap_end, urgent=True)
+            gaps = _missing(image, start, end - start)
+            fetches = [self._submit(image, gap_start, gap_end, urgent=True) for gap_start, gap_end in gaps]
+            if gaps == [(start, end)]:
+                return [(fetches[0], offset - start, offset - start + length)]
             # To make room for a part, a budget hardly larger than this read may have dropped another.
             if parts := self._held(image, offset, length):
                 return parts
@@ -226,20 +228,19 @@ class ObjectCache:
             return
         fetch.listed = False
         for object_no in set(fetch.objects):
-            pieces = [piece for piece in fetch.image.objects.get(object_no, ()) if piece.fetch is not fetch]
-            if pieces:
-                fetch.image.objects[object_no] = pieces
-            else:
-                fetch.image.objects.pop(object_no, None)
+            pieces = fetch.image.objects.pop(object_no, [])
+            if left := [piece for piece in pieces if piece.fetch is not fetch]:
+                fetch.image.objects[object_no] = left
         if fetch in self._landed:
             del self._landed[fetch]
             self._landed_bytes -= fetch.length
 
 
-def _missing(image: CachedImage, offset: int, end: int) -> Iterator[tuple[int, int]]:
+def _missing(image: CachedImage, offset: int, length: int) -> list[tuple[int, int]]:
     """The image ranges [start, end) that nobody has asked for yet; ranges that touch come as one."""
+    missing = []
     missing_from = missing_to = offset
-    for extent in file_to_extents(image.layout, offset, end - offset):
+    for extent in file_to_extents(image.layout, offset, length):
         to_image = extent.image_offset - extent.offset
         extent_end = extent.offset + extent.length
         position = extent.offset
@@ -253,10 +254,11 @@ def _missing(image: CachedImage, offset: int, end: int) -> Iterator[tuple[int, i
             if position < piece.start:
                 missing_to = piece.start + to_image
             if missing_from < missing_to:
-                yield missing_from, missing_to
+                missing.append((missing_from, missing_to))
             position = piece.end
             missing_from = missing_to = position + to_image
         if position < extent_end:
             missing_to = extent_end + to_image
     if missing_from < missing_to:
-        yield missing_from, missing_to
+        missing.append((missing_from, missing_to))
+    return missing

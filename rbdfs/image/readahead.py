@@ -50,11 +50,6 @@ class Stream:
         enough = TRIGGER_READS if self.read >= TRIGGER_BYTES else TRIGGER_SMALL_READS
         return self.advances >= enough
 
-    def takes(self, offset: int, end: int) -> bool:
-        """Whether a read of [offset, end) is this stream's."""
-        skip = min(SKIP_READS * (end - offset), SKIP_BYTES_MAX)
-        return self.front - skip <= end and offset <= max(self.front + skip, self.ahead)
-
     def advance(self, offset: int, end: int) -> None:
         """Take note of a read of [offset, end). Only one that moves the front counts as a step forward."""
         self.read += end - offset
@@ -101,8 +96,10 @@ class Readahead:
 
     def _stream_of(self, offset: int, end: int) -> Stream:
         """The stream that a read belongs to, as the last of the list: its first one was not read for longest."""
+        skip = min(SKIP_READS * (end - offset), SKIP_BYTES_MAX)
         for index, stream in enumerate(self._streams):
-            if stream.takes(offset, end):
+            front = stream.front
+            if front - skip <= end and (offset <= front + skip or offset <= stream.ahead):
                 self._streams.append(self._streams.pop(index))
                 return stream
         if len(self._streams) == STREAMS:

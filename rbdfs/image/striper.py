@@ -1,7 +1,8 @@
 """How an image's bytes are laid out over its objects. Pure arithmetic, the same as Ceph's `Striper`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MIB = 1 << 20
 
@@ -21,22 +22,20 @@ class Layout:
     object_size: int
     stripe_unit: int
     stripe_count: int
+    is_striped: bool = field(init=False, repr=False)
+    """Whether objects interleave, so that an object is not one contiguous piece of the image."""
 
     def __post_init__(self) -> None:
         if min(self.object_size, self.stripe_unit, self.stripe_count) <= 0:
             raise ValueError(f"not a layout: {self}")
         if self.object_size % self.stripe_unit:
             raise ValueError(f"the stripe unit must divide the object size: {self}")
+        object.__setattr__(self, "is_striped", self.stripe_count > 1 and self.stripe_unit < self.object_size)
 
     @classmethod
     def of_objects(cls, object_size: int) -> "Layout":
         """The layout without fancy striping."""
         return cls(object_size=object_size, stripe_unit=object_size, stripe_count=1)
-
-    @property
-    def is_striped(self) -> bool:
-        """Whether objects interleave, so that an object is not one contiguous piece of the image."""
-        return self.stripe_count > 1 and self.stripe_unit < self.object_size
 
     @property
     def period(self) -> int:
@@ -55,8 +54,7 @@ class Layout:
         return TRANSFER_BYTES if self.stripe_unit % TRANSFER_BYTES == 0 else self.stripe_unit
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectExtent:
+class ObjectExtent(NamedTuple):
     """`length` bytes at `offset` in the object `object_no`, which are the image's bytes from `image_offset` on."""
 
     object_no: int
@@ -65,37 +63,34 @@ class ObjectExtent:
     image_offset: int
 
 
-def file_to_extents(layout: Layout, offset: int, length: int) -> Iterator[ObjectExtent]:
+def file_to_extents(layout: Layout, offset: int, length: int) -> list[ObjectExtent]:
     """Map `length` bytes at the image offset `offset` onto object extents, in image order.
 
     Ceph's `Striper::file_to_extents`, but for the order: extents of one object that touch in the object *and* in the
     image are one extent; those that a stripe of other objects parts in the image stay apart.
     """
+    extents = []
+    end = offset + length
     if not layout.is_striped:
         object_size = layout.object_size
-        end = offset + length
         while offset < end:
             object_no, object_offset = divmod(offset, object_size)
             part = min(object_size - object_offset, end - offset)
-            yield ObjectExtent(object_no, object_offset, part, offset)
+            extents.append(ObjectExtent(object_no, object_offset, part, offset))
             offset += part
-        return
+        return extents
 
     unit, count = layout.stripe_unit, layout.stripe_count
     stripes_per_object = layout.object_size // unit
-    end = offset + length
     while offset < end:
         block_no, block_offset = divmod(offset, unit)
         stripe_no, stripe_position = divmod(block_no, count)
         object_set, stripe_in_object = divmod(stripe_no, stripes_per_object)
         part = min(unit - block_offset, end - offset)
-        yield ObjectExtent(
-            object_no=object_set * count + stripe_position,
-            offset=stripe_in_object * unit + block_offset,
-            length=part,
-            image_offset=offset,
-        )
+        object_no, object_offset = object_set * count + stripe_position, stripe_in_object * unit + block_offset
+        extents.append(ObjectExtent(object_no, object_offset, part, offset))
         offset += part
+    return extents
 
 
 def extent_to_file(layout: Layout, object_no: int, offset: int, length: int) -> Iterator[tuple[int, int]]:

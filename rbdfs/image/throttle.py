@@ -25,8 +25,10 @@ class Throttle:
 
         More than `max_bytes` at once starts when nothing else is in flight.
         """
-        (self._urgent if urgent else self._later)[key] = (nbytes, start)
-        self._pump()
+        if self._has_room(nbytes) and not self._urgent and (urgent or not self._later):
+            self._begin(nbytes, start)
+        else:
+            (self._urgent if urgent else self._later)[key] = (nbytes, start)
 
     def hurry(self, key: Hashable) -> None:
         """Somebody waits for this now. Nothing happens if it was started already."""
@@ -47,9 +49,15 @@ class Throttle:
         while queue := self._urgent or self._later:
             key = next(iter(queue))
             nbytes, start = queue[key]
-            if self.ops and (self.ops >= self.max_ops or self.bytes + nbytes > self.max_bytes):
+            if not self._has_room(nbytes):
                 return
             del queue[key]
-            self.ops += 1
-            self.bytes += nbytes
-            start()
+            self._begin(nbytes, start)
+
+    def _has_room(self, nbytes: int) -> bool:
+        return not self.ops or (self.ops < self.max_ops and self.bytes + nbytes <= self.max_bytes)
+
+    def _begin(self, nbytes: int, start: Start) -> None:
+        self.ops += 1
+        self.bytes += nbytes
+        start()
