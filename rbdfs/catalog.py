@@ -27,6 +27,8 @@ class ImageFacts:
 
     size: int
     """Bytes."""
+    used_bytes: int
+    """What it holds, in whole objects; the size, where that is not known without looking at each object."""
     object_size: int
     """Bytes."""
     modified_ns: int

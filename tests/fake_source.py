@@ -77,6 +77,15 @@ class FakeSource:
         self.size = len(self.content)
         return self.size
 
+    async def extents_window(self) -> int:
+        """See `ImageSource.extents_window`."""
+        return 16 * self.object_size
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """See `ImageSource.extents`: objects with a byte that is not zero. Not for stripes."""
+        starts = range(offset - offset % self.object_size, offset + length, self.object_size)
+        return [(start, self.object_size) for start in starts if any(self.content[start : start + self.object_size])]
+
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`."""
         return self.version

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from rbdfs.errors import ReadError, StaleError
+from rbdfs.image.holes import Kind
 from rbdfs.image.object_cache import ObjectCache
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.striper import MIB
@@ -190,3 +191,34 @@ async def test_without_a_cache_each_read_is_one_aio_and_nothing_is_read_ahead() 
     assert [(aio.offset, aio.length) for aio in cluster.source.aios] == [
         (offset, 128 * KIB) for offset in range(0, MIB, 128 * KIB)
     ]
+
+
+@in_trio
+async def test_seeks_find_data_and_holes_and_ask_for_each_window_once() -> None:
+    source = FakeSource(bytearray(100 * 4096 + 7), object_size=4096)
+    for data in (0, 17, 18, 60, 100):
+        source.content[data * 4096 + 3] = 1
+    cluster = Cluster(source)
+    image, _ = await cluster.images.open("key", cluster.connect)
+    positions = [0, 4096, 4097, 16 * 4096, 17 * 4096, 18 * 4096 + 5, 19 * 4096, 99 * 4096, 100 * 4096, 100 * 4096 + 6]
+    model = [position // 4096 in (0, 17, 18, 60, 100) for position in range(image.size)]
+    for position in positions:
+        for kind, wanted in ((Kind.DATA, True), (Kind.HOLE, False)):
+            end = None if kind is Kind.DATA else image.size
+            expected = next((i for i in range(position, image.size) if model[i] is wanted), end)
+            assert await image.seek(position, kind) == expected
+    assert await image.seek(image.size, Kind.HOLE) is None
+    assert await image.seek(image.size + 5, Kind.DATA) is None
+
+
+@in_trio
+async def test_what_the_cluster_does_not_say_of_holes_is_data() -> None:
+    cluster = Cluster(FakeSource(bytearray(10 * 4096), object_size=4096))
+    image, _ = await cluster.images.open("key", cluster.connect)
+
+    async def fail(offset: int, length: int) -> list[tuple[int, int]]:
+        raise ReadError("nobody answers", errno.ETIMEDOUT)
+
+    cluster.source.extents = fail  # type: ignore[method-assign]
+    assert await image.seek(4096, Kind.DATA) == 4096
+    assert await image.seek(4096, Kind.HOLE) == image.size

@@ -99,9 +99,15 @@ class Answer(Generic[T]):
 
 
 async def execute(
-    handover: Handover, ioctx: rados.Ioctx, object_name: str, object_class: str, method: str, argument: bytes = b""
+    handover: Handover,
+    ioctx: rados.Ioctx,
+    object_name: str,
+    object_class: str,
+    method: str,
+    argument: bytes = b"",
+    answer_bytes: int = 8192,
 ) -> bytes:
-    """Call a method of an object class on its object (`rados_aio_exec`): the bytes of its answer.
+    """Call a method of an object class on its object (`rados_aio_exec`): its answer, `answer_bytes` at most.
 
     Raises RbdfsError with the method's errno: ENOENT where the object is not there, EPERM where the key may not.
     """
@@ -111,7 +117,7 @@ async def execute(
         handover.post(partial(answer.give, (completion.get_return_value(), data)))
 
     with translated(f"call {object_class}.{method} on {object_name}"):
-        ioctx.aio_execute(object_name, object_class, method, argument, oncomplete=arrived)
+        ioctx.aio_execute(object_name, object_class, method, argument, answer_bytes, arrived)
     result, data = await answer.get()
     if result < 0 or data is None:
         reason = os.strerror(-result)
@@ -130,6 +136,9 @@ class ReadHandle(Protocol):
 
     def info(self) -> librbd.ImageInfo:
         """Size, layout, features and flags, after a look at the header if it has changed."""
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Where a range holds data, the parent's included: (image offset, length) pairs of whole objects."""
 
     async def aclose(self) -> None:
         """Close. No read may be in flight. Raises RbdfsError."""
@@ -159,6 +168,10 @@ class EventImage:
         """See `ReadHandle.aio_read`."""
         buffer = librbd.new_buffer(length)
         self._image.submit(offset, length, buffer, (deliver, buffer))
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """See `ReadHandle.extents`."""
+        return [(found.offset, found.length) for found in self._image.diff(offset, length)]
 
     async def _dispatch(self) -> None:
         with self._dispatching:
@@ -218,6 +231,15 @@ class CallbackImage:
                 flags=image.flags(),
                 object_prefix=stat["block_name_prefix"],
             )
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """See `ReadHandle.extents`."""
+        found: list[tuple[int, int]] = []
+        with translated("list an image's extents"):
+            self._image.diff_iterate(
+                offset, length, None, lambda start, count, _exists: found.append((start, count)), True, True
+            )
+        return found
 
     async def aclose(self) -> None:
         """See `ReadHandle.aclose`."""

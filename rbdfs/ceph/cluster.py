@@ -113,7 +113,11 @@ class Cluster:
         ioctx = self._ioctx(image.pool)
         size, object_size = await header.get_size(self._handover, ioctx, image.id)
         modified_ns = await header.get_modify_timestamp(self._handover, ioctx, image.id)
-        return ImageFacts(size=size, object_size=object_size, modified_ns=modified_ns)
+        used = None
+        if not await header.is_clone(self._handover, ioctx, image.id):
+            used = await header.used_objects(self._handover, ioctx, image.id, -(-size // object_size))
+        used_bytes = size if used is None else min(size, used * object_size)
+        return ImageFacts(size=size, used_bytes=used_bytes, object_size=object_size, modified_ns=modified_ns)
 
     async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts]:
         """See `Catalog.facts_of_all`."""

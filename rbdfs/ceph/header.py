@@ -7,6 +7,7 @@ import errno
 import struct
 
 import rados
+import rbd
 
 from rbdfs.ceph.aio import Handover, execute
 from rbdfs.errors import RbdfsError
@@ -49,3 +50,48 @@ async def get_modify_timestamp(handover: Handover, ioctx: rados.Ioctx, image_id:
         raise
     seconds, nanoseconds = struct.unpack("<II", answer)
     return int(seconds) * _NANOSECONDS + int(nanoseconds)
+
+
+async def is_clone(handover: Handover, ioctx: rados.Ioctx, image_id: str) -> bool:
+    """Whether the HEAD has a parent, whose data shows through."""
+    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_parent", _HEAD)
+    (pool_id,) = struct.unpack_from("<q", answer)
+    return bool(pool_id >= 0)
+
+
+async def used_objects(handover: Handover, ioctx: rados.Ioctx, image_id: str, objects: int) -> int | None:
+    """How many of the HEAD's `objects` objects hold data, by its object map; None where there is no valid one."""
+    flags = await execute(handover, ioctx, object_name(image_id), "rbd", "get_flags", _HEAD)
+    if int.from_bytes(flags, "little") & rbd.RBD_FLAG_OBJECT_MAP_INVALID:
+        return None
+    try:
+        answer = await execute(
+            handover,
+            ioctx,
+            f"rbd_object_map.{image_id}",
+            "rbd",
+            "object_map_load",
+            answer_bytes=objects // 4 + _MAP_OVERHEAD,
+        )
+    except RbdfsError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return count_objects(answer)
+
+
+_MAP_OVERHEAD = 1024  # the header, the checksum, and room for what later versions add
+
+
+def count_objects(encoded: bytes) -> int:
+    """How many objects an encoded object map (`ceph::BitVector<2>`) does not call nonexistent.
+
+    Encoded it is the length of a header (32 bits), the header, which ends with the count of objects (64 bits), and two
+    bits an object (0 for OBJECT_NONEXISTENT) from the high end of each byte; a checksum may follow.
+    """
+    (header_bytes,) = struct.unpack_from("<I", encoded)
+    (objects,) = struct.unpack_from("<Q", encoded, 4 + header_bytes - 8)
+    start = 4 + header_bytes
+    bits = int.from_bytes(encoded[start : start + (objects + 3) // 4], "big")
+    low_bits = int.from_bytes(b"\x55" * ((objects + 3) // 4), "big")
+    return ((bits | bits >> 1) & low_bits).bit_count()

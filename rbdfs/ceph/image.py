@@ -28,6 +28,12 @@ OpenHandle = Callable[[bool], ReadHandle]
 _GET_LOCK_INFO = struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + header.encode_string("rbd_lock")
 
 
+_MAP_INVALID = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
+
+OBJECTS_ASKED_AT_ONCE = 256
+"""Of an image without a fast-diff map: what SEEK_DATA waits for, some 10 ms at 0.3 ms a round trip."""
+
+
 class CephImage:
     """The HEAD of an image that is open in librbd: an `ImageSource` (rbdfs/image/source.py).
 
@@ -124,6 +130,23 @@ class CephImage:
         await self._open()
         await self._until_idle()
         await stale.aclose()
+
+    async def extents_window(self) -> int:
+        """See `ImageSource.extents_window`.
+
+        With a valid fast-diff map librbd answers for the whole image at the price of loading the map, and loads it for
+        each call. Without, each object is asked for its snapshots, ten at a time.
+        """
+        with translated(f"ask for the features of {self.spec}"):
+            info = await in_thread(self._handle.info)
+        if info.features & rbd.RBD_FEATURE_FAST_DIFF and not info.flags & _MAP_INVALID:
+            return max(info.size, 1)
+        return OBJECTS_ASKED_AT_ONCE * self.object_size * self.stripe_count
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """See `ImageSource.extents`: `rbd_diff_iterate2` from the beginning of time, by whole objects."""
+        with translated(f"ask where {self.spec} holds data"):
+            return await in_thread(self._handle.extents, offset, length)
 
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`.

@@ -79,7 +79,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
     operations = Operations(Tree(cluster), cluster, images, cluster.open_image, options.presentation)
     try:
         with mounted(operations, options.mountpoint, options.fuse_options):
-            await _until_stopped(partial(serve, options.mountpoint, ready))
+            await _until_stopped(partial(serve, operations, options.mountpoint, ready))
     finally:
         with _exit_at_the_latest(STOP_SECONDS):
             await images.aclose()

@@ -17,6 +17,7 @@ import pyfuse3
 from rbdfs.catalog import Catalog, ImageFacts, ImageRef
 from rbdfs.errors import RbdfsError
 from rbdfs.fuse.tree import Directory, ImageFile, Listed, Node, Tree
+from rbdfs.image.holes import Kind
 from rbdfs.image.image import OpenImage
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.source import Buffer, ImageSource
@@ -32,6 +33,9 @@ ENTRY_SECONDS = 1.0
 
 BLOCK_BYTES = 4096
 """The unit that statfs counts in."""
+
+STAT_BLOCK_BYTES = 512
+"""The unit of st_blocks, whatever the block size."""
 
 EXPECTED = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS})
 """Errors that a file system answers in everyday use; all others are logged as errors."""
@@ -159,6 +163,15 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         return await image.read(offset, length)
 
     @answered
+    async def lseek(self, inode: int, handle: int, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE: ENXIO past the end, and for SEEK_DATA after the last data."""
+        _, image = self._files[handle]
+        found = await image.seek(offset, Kind.DATA if whence == os.SEEK_DATA else Kind.HOLE)
+        if found is None:
+            raise pyfuse3.FUSEError(errno.ENXIO)
+        return found
+
+    @answered
     async def release(self, handle: int) -> None:
         """The last descriptor of an open() was closed."""
         ref, image = self._files.pop(handle)
@@ -192,7 +205,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
             entry.st_mode = stat.S_IFREG | 0o444 & ~self._presentation.umask
             entry.st_size = facts.size
             entry.st_blksize = facts.object_size
-            entry.st_blocks = -(-facts.size // 512)
+            entry.st_blocks = -(-facts.used_bytes // STAT_BLOCK_BYTES)
             changed_ns = facts.modified_ns
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = changed_ns
         return entry

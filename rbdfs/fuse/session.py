@@ -13,6 +13,7 @@ import pyfuse3
 import trio
 
 from rbdfs.errors import MountError
+from rbdfs.fuse.lowlevel import serve_lseek
 from rbdfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -81,11 +82,12 @@ def mounted(operations: Operations, mountpoint: Path, options: frozenset[str]) -
         pyfuse3.close(unmount=True)
 
 
-async def serve(mountpoint: Path, ready: Callable[[], None]) -> None:
+async def serve(operations: Operations, mountpoint: Path, ready: Callable[[], None]) -> None:
     """Answer the kernel until the file system is unmounted; call `ready` as soon as it is usable."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_tune_when_usable, mountpoint, ready)
-        await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+        with serve_lseek(operations.lseek, nursery):
+            await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
         nursery.cancel_scope.cancel()
 
 

@@ -1,11 +1,15 @@
 """One open file over an image: the read path between a read() of the kernel and an object of the cluster."""
 
+import logging
 from dataclasses import dataclass
 
-from rbdfs.errors import BeyondEndError
+from rbdfs.errors import BeyondEndError, RbdfsError
+from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.object_cache import CachedImage, ObjectCache
 from rbdfs.image.readahead import Readahead
 from rbdfs.image.source import Buffer, ImageSource
+
+log = logging.getLogger(__name__)
 
 
 class ReadaheadShare:
@@ -42,6 +46,7 @@ class OpenImage:
         self._share = share
         self._readahead = Readahead(state.cached.layout.transfer)
         share.files.append(self._readahead)
+        self._holes = HoleMap(state.source.size)
 
     @property
     def size(self) -> int:
@@ -71,6 +76,37 @@ class OpenImage:
             if await state.source.refresh() >= offset + length:
                 raise
             return await self.read(offset, length)
+
+    async def seek(self, offset: int, kind: Kind) -> int | None:
+        """Where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.
+
+        None past the end, and after the last data: lseek(2)'s ENXIO. What the cluster does not answer is data.
+        """
+        source = self._state.source
+        size = source.size if offset < source.size else await source.refresh()
+        if size != self._holes.size:
+            self._holes = HoleMap(size)
+        if offset >= size:
+            return None
+        while segment := self._holes.find(offset, kind):
+            position = max(offset, segment.start)
+            if segment.kind is kind:
+                return position
+            await self._learn(source, position)
+        return size if kind is Kind.HOLE else None
+
+    async def _learn(self, source: ImageSource, position: int) -> None:
+        """Ask what the window around `position` holds. What was learned belongs to this open() alone."""
+        holes = self._holes
+        window = await source.extents_window()
+        start = position - position % window
+        end = min(start + window, holes.size)
+        try:
+            data = await source.extents(start, end - start)
+        except RbdfsError as error:
+            log.warning("holes are read like data from %d to %d: %s", start, end, error)
+            data = [(start, end - start)]
+        holes.learn(start, end, data)
 
     def close(self) -> None:
         """This open() reads no more."""

@@ -32,6 +32,15 @@ class ImageSource(Protocol):
     async def refresh(self) -> int:
         """Ask the cluster for the size. Bytes; raises RbdfsError, StaleError where the image is gone."""
 
+    async def extents_window(self) -> int:
+        """How many bytes `extents` should be asked for at once, so that its answer takes milliseconds."""
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Where a range holds data, its parent's included, as (image offset, length) pairs; all else reads as zeros.
+
+        What is in doubt is data. Raises RbdfsError.
+        """
+
     async def write_version(self) -> int | None:
         """A number that stays the same as long as nobody can have written to the image.
 

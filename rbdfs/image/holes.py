@@ -1,0 +1,79 @@
+"""What is known of where an image holds data. Pure: it is told, and answers; what it was not told of is unknown.
+
+A hole is what reads as zeros because nothing was ever written there. To take data for a hole loses bytes, to take a
+hole for data costs time: so only what the cluster says is a hole is one.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from enum import Enum
+from typing import NamedTuple
+
+
+class Kind(Enum):
+    """What a byte of an image is, as far as is known."""
+
+    DATA = "data"
+    HOLE = "hole"
+    UNKNOWN = "unknown"
+
+
+class Segment(NamedTuple):
+    """The bytes [start, end) of an image, all of one kind."""
+
+    start: int
+    end: int
+    kind: Kind
+
+
+class HoleMap:
+    """The kinds of an image's bytes, from 0 to its size."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._starts = [0]
+        self._kinds = [Kind.UNKNOWN]
+
+    def learn(self, start: int, end: int, data: Iterable[tuple[int, int]]) -> None:
+        """Of the bytes [start, end), those in `data` hold data, the rest is hole.
+
+        `data` is (offset, length) pairs in any order; they may overlap, touch and reach beyond the range.
+        """
+        starts: list[int] = []
+        kinds: list[Kind] = []
+        position = start
+        for offset, length in sorted(data):
+            first, last = max(offset, position), min(offset + length, end)
+            if first >= last:
+                continue
+            if first > position:
+                starts.append(position)
+                kinds.append(Kind.HOLE)
+            if not kinds or kinds[-1] is not Kind.DATA:
+                starts.append(first)
+                kinds.append(Kind.DATA)
+            position = last
+        if position < end:
+            starts.append(position)
+            kinds.append(Kind.HOLE)
+        if end < self.size:
+            starts.append(end)
+            kinds.append(self.at(end).kind)
+        first_index, last_index = bisect_left(self._starts, start), bisect_right(self._starts, end)
+        self._starts[first_index:last_index] = starts
+        self._kinds[first_index:last_index] = kinds
+
+    def at(self, offset: int) -> Segment:
+        """The segment that holds a byte of the image."""
+        index = bisect_right(self._starts, offset) - 1
+        end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
+        return Segment(self._starts[index], end, self._kinds[index])
+
+    def find(self, offset: int, kind: Kind) -> Segment | None:
+        """The first segment at or after `offset` that is of this kind or unknown; None if there is none to the end."""
+        while offset < self.size:
+            segment = self.at(offset)
+            if segment.kind in (kind, Kind.UNKNOWN):
+                return segment
+            offset = segment.end
+        return None

@@ -1,0 +1,47 @@
+"""The map of holes, against a model that knows each byte."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rbdfs.image.holes import HoleMap, Kind
+
+SIZE = 64
+EXTENTS = st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, 20)), max_size=8)
+LESSONS = st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE), EXTENTS), max_size=6)
+
+
+def taught(lessons: list[tuple[int, int, list[tuple[int, int]]]]) -> tuple[HoleMap, list[Kind]]:
+    """A map and a model that were told the same."""
+    holes, model = HoleMap(SIZE), [Kind.UNKNOWN] * SIZE
+    for start, length, data in lessons:
+        end = min(SIZE, start + length)
+        holes.learn(start, end, data)
+        for position in range(start, end):
+            inside = any(offset <= position < offset + count for offset, count in data)
+            model[position] = Kind.DATA if inside else Kind.HOLE
+    return holes, model
+
+
+@given(LESSONS)
+def test_every_byte_is_what_was_last_said_of_it(lessons: list[tuple[int, int, list[tuple[int, int]]]]) -> None:
+    holes, model = taught(lessons)
+    assert [holes.at(position).kind for position in range(SIZE)] == model
+    for position in range(SIZE):
+        segment = holes.at(position)
+        assert segment.start <= position < segment.end
+        assert {model[i] for i in range(segment.start, segment.end)} == {segment.kind}
+
+
+@given(LESSONS, st.integers(0, SIZE), st.sampled_from([Kind.DATA, Kind.HOLE]))
+def test_what_is_found_is_the_first_of_its_kind_or_unknown(
+    lessons: list[tuple[int, int, list[tuple[int, int]]]], offset: int, kind: Kind
+) -> None:
+    holes, model = taught(lessons)
+    expected = next((i for i in range(offset, SIZE) if model[i] in (kind, Kind.UNKNOWN)), None)
+    found = holes.find(offset, kind)
+    assert (None if found is None else max(offset, found.start)) == expected
+
+
+def test_nothing_is_known_of_an_image_at_first_and_an_empty_one_has_neither() -> None:
+    assert HoleMap(10).at(3) == (0, 10, Kind.UNKNOWN)
+    assert HoleMap(0).find(0, Kind.DATA) is None

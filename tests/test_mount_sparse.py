@@ -1,0 +1,185 @@
+"""Thin images stay thin, and not one byte of data is taken for a hole; on a real mount of a real cluster."""
+
+import os
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import rbd
+
+from rbdfs.ceph import header
+from tests.ceph import MIB, Ceph, Mount, random_bytes
+
+Mounts = Callable[..., Mount]
+
+ALL_FEATURES = 61  # layering, exclusive-lock, object-map, fast-diff, deep-flatten
+NO_FAST_DIFF = 1 | 4  # layering, exclusive-lock
+LAYOUTS = [(MIB, 0, 0), (64 * 1024, 0, 0), (4 * MIB, 0, 0), (MIB, 64 * 1024, 3)]
+SIZE = 40 * MIB + 12_288  # qemu-img knows whole sectors only
+
+
+def scribble(image: rbd.Image, chance: random.Random, times: int) -> None:
+    """Data, zeros and discards at random places."""
+    for _ in range(times):
+        offset = chance.randrange(image.size())
+        length = min(chance.choice([1, 512, 4096, 70_000, 3 * MIB]), image.size() - offset)
+        match chance.randrange(4):
+            case 0:
+                image.write(b"\0" * length, offset)
+            case 1:
+                image.discard(offset, length)
+            case _:
+                image.write(chance.randbytes(length), offset)
+
+
+def make_pattern(ceph: Ceph, name: str, seed: int, features: int = ALL_FEATURES) -> str:
+    """A scribbled image, a clone of it, and a clone of that; resized on the way. The last one's name."""
+    chance = random.Random(seed)
+    object_size, unit, count = LAYOUTS[seed % len(LAYOUTS)]
+    options = {"order": object_size.bit_length() - 1, "features": features, "stripe_unit": unit, "stripe_count": count}
+    client = rbd.RBD()
+    with ceph.ioctx() as ioctx:
+        client.create(ioctx, name, SIZE, old_format=False, **options)
+        for generation in range(3):
+            with rbd.Image(ioctx, name) as image:
+                scribble(image, chance, 6)
+                if generation == seed % 3:
+                    image.resize(SIZE - 5 * MIB)
+                    image.resize(SIZE + 3 * MIB)
+                    scribble(image, chance, 2)
+                if generation == 2:
+                    if seed % 2:
+                        image.flatten()
+                    break
+                image.create_snap("parent")
+                image.protect_snap("parent")
+            child = f"{name}-clone"
+            client.clone(ioctx, name, "parent", ioctx, child, **options)
+            name = child
+    return name
+
+
+def copies(source: Path, folder: Path) -> Iterator[Path]:
+    """The file, copied by everything that looks for holes."""
+    for mode in ("auto", "always"):
+        target = folder / f"cp-{mode}"
+        subprocess.run(["cp", f"--sparse={mode}", source, target], check=True, timeout=120)
+        yield target
+    subprocess.run(["tar", "-S", "-C", source.parent, "-cf", folder / "archive.tar", source.name], check=True)
+    (folder / "tar").mkdir()
+    subprocess.run(["tar", "-S", "-C", folder / "tar", "-xf", folder / "archive.tar"], check=True, timeout=120)
+    yield folder / "tar" / source.name
+    subprocess.run(["rsync", "-S", source, folder / "rsync"], check=True, timeout=120)
+    yield folder / "rsync"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "raw", source, folder / "qemu"], check=True, timeout=120)
+    yield folder / "qemu"
+
+
+@pytest.mark.parametrize("features", [ALL_FEATURES, NO_FAST_DIFF], ids=["fast-diff", "no fast-diff"])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_copy_of_a_random_pattern_is_what_rbd_export_reads(
+    ceph: Ceph, mount: Mount, tmp_path: Path, seed: int, features: int
+) -> None:
+    name = make_pattern(ceph, ceph.unique("pattern"), seed, features)
+    exported = ceph.exported(name)
+    for copy in copies(mount.image(name), tmp_path):
+        assert copy.stat().st_size == len(exported), copy.name
+        assert copy.read_bytes() == exported, copy.name
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_seeks_agree_at_every_boundary_with_what_rbd_diff_says(ceph: Ceph, mount: Mount, seed: int) -> None:
+    name = make_pattern(ceph, ceph.unique("bounds"), seed)
+    found: list[tuple[int, int]] = []
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, name, read_only=True) as image:
+        size = image.size()
+        image.diff_iterate(0, size, None, lambda start, length, _: found.append((start, length)), True, True)
+    edges = sorted({0, size, *(start for start, _ in found), *(start + length for start, length in found)})
+    data = sorted((start, min(start + length, size)) for start, length in found)
+
+    def model(position: int, whence: int) -> int | None:
+        if position >= size:
+            return None
+        while True:
+            inside = next((end for start, end in data if start <= position < end), None)
+            if whence == os.SEEK_DATA:
+                if inside is not None:
+                    return position
+                return min((start for start, _ in data if start > position), default=None)
+            if inside is None or position == size:
+                return position
+            position = inside
+
+    file = os.open(mount.image(name), os.O_RDONLY)
+    try:
+        for position in sorted({max(0, edge + step) for edge in edges for step in (-1, 0, 1)}):
+            for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+                expected = model(position, whence)
+                if expected is None:
+                    with pytest.raises(OSError, match="No such device or address"):
+                        os.lseek(file, position, whence)
+                else:
+                    assert os.lseek(file, position, whence) == expected, (position, whence)
+    finally:
+        os.close(file)
+
+
+def test_a_thin_image_is_copied_thin_and_its_blocks_are_what_it_holds(ceph: Ceph, mount: Mount, tmp_path: Path) -> None:
+    name = ceph.unique("thin")
+    with ceph.ioctx() as ioctx:
+        rbd.RBD().create(ioctx, name, 100 << 30, old_format=False, features=ALL_FEATURES)
+        with rbd.Image(ioctx, name) as image:
+            for i in range(10):
+                image.write(random_bytes(4 * MIB, seed=i), i * (9 << 30))
+    source, copy = mount.image(name), tmp_path / "copy"
+    assert source.stat().st_blocks * 512 == 40 * MIB
+    subprocess.run(["cp", source, copy], check=True, timeout=60)
+    assert copy.stat().st_size == 100 << 30
+    assert abs(copy.stat().st_blocks * 512 - 40 * MIB) <= 40 * MIB // 100
+    with copy.open("rb") as file:
+        for i in range(10):
+            file.seek(i * (9 << 30))
+            assert file.read(4 * MIB) == random_bytes(4 * MIB, seed=i)
+    ceph.remove_image(name)
+
+
+def test_an_image_whose_object_map_is_invalid_looks_full_and_copies_right(
+    ceph: Ceph, mount: Mount, tmp_path: Path
+) -> None:
+    name = ceph.unique("invalid")
+    content = b"\0" * (8 * MIB) + random_bytes(4 * MIB) + b"\0" * (8 * MIB)
+    with ceph.ioctx() as ioctx:
+        rbd.RBD().create(ioctx, name, len(content), old_format=False, features=ALL_FEATURES)
+        with rbd.Image(ioctx, name) as image:
+            image.write(content[8 * MIB : 12 * MIB], 8 * MIB)
+            flags = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
+            image_id = image.id()
+        # The object map says that there is nothing at all, and the flags that it lies.
+        no_snapshot = (2**64 - 2).to_bytes(8, "little")
+        mask = flags.to_bytes(8, "little")
+        ioctx.execute(header.object_name(image_id), "rbd", "set_flags", mask + mask + no_snapshot)
+        ioctx.execute(f"rbd_object_map.{image_id}", "rbd", "object_map_resize", (5).to_bytes(8, "little") + b"\0")
+        with rbd.Image(ioctx, name, read_only=True) as image:
+            assert image.flags() == flags
+    source, copy = mount.image(name), tmp_path / "copy"
+    assert source.stat().st_blocks * 512 == len(content)
+    for mode in ("auto", "always"):
+        subprocess.run(["cp", f"--sparse={mode}", source, copy], check=True)
+        assert copy.read_bytes() == content
+
+
+def test_a_clone_is_as_full_as_it_reads_or_fuller(ceph: Ceph, mount: Mount, tmp_path: Path) -> None:
+    parent, child = ceph.unique("parent"), ceph.unique("child")
+    content = random_bytes(12 * MIB)
+    ceph.make_image(parent, content, features=ALL_FEATURES)
+    with ceph.ioctx() as ioctx:
+        with rbd.Image(ioctx, parent) as image:
+            image.create_snap("base")
+            image.protect_snap("base")
+        rbd.RBD().clone(ioctx, parent, "base", ioctx, child, features=ALL_FEATURES)
+    # tar takes a file without blocks for one without data
+    assert mount.image(child).stat().st_blocks * 512 >= len(content)
+    for copy in copies(mount.image(child), tmp_path):
+        assert copy.read_bytes() == content, copy.name
