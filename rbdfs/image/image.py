@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class ReadaheadShare:
-    """The sequential streams of all open files: they divide half of the cache between them.
+    """The sequential streams of all open files: they divide a third of the cache between them.
 
-    Half, because what was just read is newer in the LRU than what waits ahead of the reader: with more, images read at
-    once would push each other's readahead out before it is read.
+    What is in flight takes twice its bytes, and what was just read is newer in the LRU than what waits ahead of the
+    reader: with more than a third, readahead would push itself out before it is read.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -26,7 +26,7 @@ class ReadaheadShare:
     def limit(self) -> int:
         """Bytes that one stream may have ahead of its reader now."""
         streams = sum(readahead.sequential_streams for readahead in self.files)
-        return self.budget_bytes // 2 // max(1, streams)
+        return self.budget_bytes // 3 // max(1, streams)
 
 
 @dataclass(slots=True)

@@ -25,6 +25,9 @@ MISS_ALIGNMENT = 4096
 """A miss is rounded out to multiples of this many bytes: the reader's page and BlueStore's checksum block, so that it
 costs the OSD nothing more. It bounds what a random read fetches: the request and less than two of these."""
 
+COPIES_IN_FLIGHT = 2
+"""What is in flight is in memory twice: librados receives it into buffers of its own, librbd copies it into ours."""
+
 _BEYOND_ANY_OFFSET = 1 << 63
 
 
@@ -111,9 +114,10 @@ class ObjectCache:
     """
 
     def __init__(self, budget_bytes: int, throttle: Throttle) -> None:
-        if budget_bytes:
-            throttle.max_bytes = min(throttle.max_bytes, budget_bytes)
         self.budget_bytes = budget_bytes
+        self._largest_fetch = budget_bytes // COPIES_IN_FLIGHT
+        if budget_bytes:
+            throttle.max_bytes = min(throttle.max_bytes, self._largest_fetch)
         self.counts = CacheCounts()
         self._throttle = throttle
         self._landed: OrderedDict[Fetch, None] = OrderedDict()
@@ -121,8 +125,8 @@ class ObjectCache:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of image data that were read or are being read. At most the budget."""
-        return self._landed_bytes + self._throttle.bytes
+        """Bytes that image data takes in memory, read or being read. At most the budget."""
+        return self._landed_bytes + COPIES_IN_FLIGHT * self._throttle.bytes
 
     async def read(self, image: CachedImage, offset: int, length: int) -> Buffer:
         """Exactly `length` bytes at the image offset `offset`; what one fetch holds is not copied.
@@ -143,7 +147,7 @@ class ObjectCache:
 
     def prefetch(self, image: CachedImage, offset: int, length: int) -> None:
         """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
-        if length <= self.budget_bytes:
+        if length <= self._largest_fetch:
             for start, end in _missing(image, offset, length):
                 self._submit(image, start, end, urgent=False)
 
@@ -180,7 +184,7 @@ class ObjectCache:
         start = offset - offset % MISS_ALIGNMENT
         end = min(image.source.size, -(-(offset + length) // MISS_ALIGNMENT) * MISS_ALIGNMENT)
         end = max(end, offset + length)
-        if end - start <= self.budget_bytes:
+        if end - start <= self._largest_fetch:
             gaps = _missing(image, start, end - start)
             fetches = [self._submit(image, gap_start, gap_end, urgent=True) for gap_start, gap_end in gaps]
             if gaps == [(start, end)]:
