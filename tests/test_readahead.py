@@ -105,3 +105,22 @@ def test_a_limit_below_one_transfer_reads_nothing_ahead() -> None:
 
 def test_a_read_far_ahead_of_the_stream_is_another_stream() -> None:
     assert run([(0, MIB), (MIB + SKIP_BYTES_MAX + 8 * MIB, MIB)]) == []
+
+
+def test_latency_that_stalls_a_sequential_reader_widens_the_window_up_to_the_limit() -> None:
+    readahead = Readahead(TRANSFER)
+    end = 0
+    for step in range(64):
+        readahead.on_wait(0.05)
+        found = readahead.on_read(step * MIB, MIB, SIZE, lambda: 120 * MIB)
+        end = found[1] if found else end
+    assert 64 * MIB + 120 * MIB <= end <= 64 * MIB + 120 * MIB + TRANSFER
+
+
+def test_short_waits_and_random_readers_leave_the_window_as_it_is() -> None:
+    readahead = Readahead(TRANSFER)
+    readahead.on_wait(5.0)
+    for step in range(32):
+        readahead.on_read(step * MIB, MIB, SIZE, unlimited)
+        readahead.on_wait(0.005)
+    assert readahead.window == WINDOW_BYTES

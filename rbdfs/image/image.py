@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass
 
+import trio
+
 from rbdfs.errors import BeyondEndError, RbdfsError
 from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.object_cache import CachedImage, ObjectCache
@@ -69,13 +71,16 @@ class OpenImage:
         ahead = self._readahead.on_read(offset, length, size, self._share.limit)
         if ahead is not None:
             self._prefetch(*ahead)
+        began = trio.current_time()
         try:
-            return await self._cache.read(state.cached, offset, length)
+            data = await self._cache.read(state.cached, offset, length)
         except BeyondEndError:
             # Others may have shrunk the image under us: then it ends here, and that is the answer.
             if await state.source.refresh() >= offset + length:
                 raise
             return await self.read(offset, length)
+        self._readahead.on_wait(trio.current_time() - began)
+        return data
 
     async def seek(self, offset: int, kind: Kind) -> int | None:
         """Where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.

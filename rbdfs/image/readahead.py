@@ -31,8 +31,15 @@ GROWTH = 4
 does not cost much more than it takes, a long one is at full speed after a few MiB."""
 
 WINDOW_BYTES = 48 * MIB
-"""The largest window: a little more than `rbd export` keeps in flight (10 objects of 4 MiB), since the object that the
-reader is in belongs to it."""
+"""The full window at first: a little more than `rbd export` keeps in flight (10 objects of 4 MiB), since the object
+that the reader is in belongs to it."""
+
+WINDOW_BYTES_MAX = 512 * MIB
+"""As far as latency can widen the window: 5 GB/s at 100 ms. The cache's budget ends it sooner as a rule."""
+
+STALL_SECONDS = 0.02
+"""A read that waits longer tells of latency that the window does not cover; one that the cluster's bandwidth or a busy
+CPU holds up waits some milliseconds (2 cores, a local OSD: 1 to 8), and a larger window would not help it."""
 
 
 @dataclass(slots=True)
@@ -66,6 +73,7 @@ class Readahead:
 
     def __init__(self, transfer: int) -> None:
         self.transfer = transfer
+        self.window = WINDOW_BYTES
         self._streams: list[Stream] = []
 
     @property
@@ -84,7 +92,7 @@ class Readahead:
         stream.advance(offset, end)
         if not stream.is_sequential:
             return None
-        window = min(WINDOW_BYTES, limit(), max(self.transfer, GROWTH * stream.read))
+        window = min(self.window, limit(), max(self.transfer, GROWTH * stream.read))
         if window < self.transfer:
             return None
         start = max(stream.ahead, min(offset, stream.front))
@@ -93,6 +101,11 @@ class Readahead:
             return None
         stream.ahead = wanted
         return start, wanted
+
+    def on_wait(self, seconds: float) -> None:
+        """A read had to wait for this long: a larger window from now on, if a sequential reader was stalled."""
+        if seconds > STALL_SECONDS and self.sequential_streams:
+            self.window = min(self.window * 3 // 2, WINDOW_BYTES_MAX)
 
     def _stream_of(self, offset: int, end: int) -> Stream:
         """The stream that a read belongs to, as the last of the list: its first one was not read for longest."""
