@@ -265,7 +265,7 @@ def _add_devcluster_folder(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         nargs="?",
         type=Path,
-        help="where all of it is [rbdfs-devcluster in XDG_RUNTIME_DIR, else /tmp/rbdfs-devcluster-UID]",
+        help="where all of it is [/var/tmp/rbdfs-devcluster-UID]",
     )
 
 
@@ -281,8 +281,9 @@ def _add_devcluster_shape(parser: argparse.ArgumentParser) -> None:
 
 def _devcluster_up(options: argparse.Namespace) -> int:
     from rbdfs.commands import devcluster  # noqa: PLC0415
+    from rbdfs.devcluster.cluster import DevclusterOptions  # noqa: PLC0415
 
-    return devcluster.up(devcluster.DevclusterOptions(options.folder, options.osds, options.store))
+    return devcluster.up(DevclusterOptions(options.folder, options.osds, options.store))
 
 
 def _devcluster_down(options: argparse.Namespace) -> int:
@@ -299,10 +300,9 @@ def _devcluster_status(options: argparse.Namespace) -> int:
 
 def _devcluster_run(options: argparse.Namespace) -> int:
     from rbdfs.commands import devcluster  # noqa: PLC0415
+    from rbdfs.devcluster.cluster import DevclusterOptions  # noqa: PLC0415
 
-    return devcluster.run(
-        devcluster.DevclusterOptions(options.folder, options.osds, options.store), options.command_line
-    )
+    return devcluster.run(DevclusterOptions(options.folder, options.osds, options.store), options.command_line)
 
 
 def _positive(text: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import rados
 import rbd
 
-from rbdfs.commands.devcluster import Devcluster
+from rbdfs.devcluster.cluster import Devcluster
 
 READ_ONLY_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only")
 RBDFS = (sys.executable, "-m", "rbdfs")

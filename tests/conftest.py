@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rbdfs.commands.devcluster import Devcluster, DevclusterOptions
+from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from tests.ceph import Ceph, Mount
 
 HUNG_SECONDS = 120.0

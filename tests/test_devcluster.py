@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from rbdfs.commands import devcluster
-from rbdfs.commands.devcluster import Devcluster, DevclusterOptions
+from rbdfs.devcluster import ports
+from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
+from rbdfs.devcluster.process import Process
 from rbdfs.errors import RbdfsError, UsageError
 
 CHECKOUT = Path(__file__).parent.parent
@@ -21,7 +23,8 @@ RUN = """
 import sys
 from pathlib import Path
 from rbdfs.commands import devcluster
-options = devcluster.DevclusterOptions(Path(sys.argv[2]), store="memstore")
+from rbdfs.devcluster.cluster import DevclusterOptions
+options = DevclusterOptions(Path(sys.argv[2]), store="memstore")
 sys.exit(devcluster.up(options) if sys.argv[1] == "up" else devcluster.run(options, sys.argv[3:]))
 """
 
@@ -52,8 +55,8 @@ def daemons_of(folder: Path) -> list[int]:
 
 
 def script(*arguments: object) -> subprocess.Popen[str]:
-    """`up` or `run` as a process of its own, which signals can be sent to."""
-    command = [sys.executable, "-c", RUN, *(str(argument) for argument in arguments)]
+    """`up` or `run` as a process of its own, which signals can be sent to, also where pytest itself ignores SIGINT."""
+    command = ["env", "--default-signal=INT", sys.executable, "-c", RUN, *(str(argument) for argument in arguments)]
     return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
@@ -122,12 +125,12 @@ def test_a_mon_whose_port_was_taken_meanwhile_gets_another(
     first = Devcluster(DevclusterOptions(folder, store="memstore"))
     first.up()
     taken = json.loads((folder / "devcluster.json").read_text())["port"]
-    ports = iter([taken, devcluster._free_port()])
-    monkeypatch.setattr(devcluster, "_free_port", lambda: next(ports))
+    offered = iter([taken, ports.free_port()])
+    monkeypatch.setattr(ports, "free_port", lambda: next(offered))
     second = Devcluster(DevclusterOptions(tmp_path / "second", store="memstore"))
     try:
         second.up()
-        assert next(ports, None) is None
+        assert next(offered, None) is None
         rbd(second, "create", "vm1", "--size", "1M")
         assert rbd(first, "ls") == ""
     finally:
@@ -204,7 +207,7 @@ def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(tmp_path: Pa
 def test_down_stops_its_own_processes_only(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as stranger:
         try:
-            started = devcluster._state_and_start(stranger.pid)[1]
+            started = Process.of(stranger.pid).started
             assert claim(tmp_path / "same-pid-and-time", stranger.pid, started).down()
             assert claim(tmp_path / "same-pid", stranger.pid, started - 1).down()
             assert stranger.poll() is None

@@ -7,11 +7,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rbdfs"
 
 NOUNS = {"errors", "spec", "catalog"}
 MAY_IMPORT = {
-    "cli": {"commands", "fuse", "ceph", *NOUNS},
-    "commands": {"commands", "fuse", "image", "ceph", *NOUNS},
+    "cli": {"commands", "fuse", "ceph", "devcluster", *NOUNS},
+    "commands": {"commands", "fuse", "image", "ceph", "devcluster", *NOUNS},
     "fuse": {"fuse", "image", *NOUNS},
     "image": {"image", *NOUNS},
     "ceph": {"ceph", *NOUNS},
+    "devcluster": {"devcluster", *NOUNS},
     "catalog": set(),
     "spec": set(),
     "errors": set(),

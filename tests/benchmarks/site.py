@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rbdfs.commands.devcluster import Devcluster, DevclusterOptions
+from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from tests.ceph import Ceph
 
 MIB = 1 << 20
