@@ -105,11 +105,6 @@ class Ceph:
         with self.ioctx(pool) as ioctx:
             rbd.RBD().remove(ioctx, name)
 
-    def wait_until_active(self) -> None:
-        """Until an OSD that was started again serves its objects."""
-        with self.ioctx() as ioctx:
-            ioctx.stat("rbd_directory")
-
     def exported(self, name: str) -> bytes:
         """The image as `rbd export` has it: the independent reader."""
         environment = os.environ | {"CEPH_CONF": os.fspath(self.conf)}
