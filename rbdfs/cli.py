@@ -21,7 +21,14 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-DEBIAN_PACKAGES = {"pyfuse3": "python3-pyfuse3", "trio": "python3-trio", "rados": "python3-rados", "rbd": "python3-rbd"}
+DEBIAN_PACKAGES = {
+    "pyfuse3": "python3-pyfuse3",
+    "trio": "python3-trio",
+    "rados": "python3-rados",
+    "rbd": "python3-rbd",
+    "librados": "librados2",
+    "librbd": "librbd1",
+}
 """Where the modules come from that a venv may lack."""
 
 EPILOG = """\
@@ -40,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), EXIT_USAGE)
     except RbdfsError as error:
         return _fail(str(error), EXIT_FAILED)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         package = DEBIAN_PACKAGES.get(error.name or "")
         if package is None:
             raise
         return _fail(
-            f"the Python module {error.name} is missing: apt install {package} "
+            f"the module {error.name} is missing: apt install {package} "
             "(in a virtual environment: one made with /usr/bin/python3 -m venv --system-site-packages)",
             EXIT_FAILED,
         )

@@ -149,6 +149,17 @@ async def test_a_shrunk_image_ends_where_it_ends_now() -> None:
 
 
 @in_trio
+async def test_readahead_beyond_a_new_end_does_not_fail_who_reads_before_it() -> None:
+    cluster = Cluster(random_source(20 * MIB))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    await image.read(0, MIB)
+    del cluster.source.content[3 * MIB + 5 :]
+    assert bytes(await image.read(MIB, MIB)) == cluster.source.content[MIB : 2 * MIB]
+    assert bytes(await image.read(2 * MIB, MIB)) == cluster.source.content[2 * MIB : 3 * MIB]
+    assert bytes(await image.read(3 * MIB, MIB)) == cluster.source.content[3 * MIB :]
+
+
+@in_trio
 async def test_an_error_in_mid_image_is_an_error_and_no_short_read() -> None:
     cluster = Cluster(random_source(10_000))
     image, _ = await cluster.images.open("key", cluster.connect)

@@ -121,7 +121,7 @@ def test_a_missing_module_is_one_line_that_names_the_package(folder: Path, modul
         [*RBDFS, "mount", str(folder)], env=environment, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"rbdfs: the Python module {module} is missing: apt install {package}")
+    assert done.stderr.startswith(f"rbdfs: the module {module} is missing: apt install {package}")
     assert done.stderr.count("\n") == 1
 
 

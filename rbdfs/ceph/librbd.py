@@ -69,7 +69,7 @@ try:
     _librbd = ctypes.CDLL("librbd.so.1")
     _librbd_short = ctypes.PyDLL("librbd.so.1")
 except OSError as error:
-    raise ImportError(f"Ceph's C libraries are needed (Debian: librados2, librbd1): {error}") from error
+    raise ImportError(str(error), name="librados" if "librados" in str(error) else "librbd") from error
 
 
 def _bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:

@@ -109,11 +109,14 @@ def _tune(mountpoint: Path) -> None:
         connection / "max_background": MAX_BACKGROUND,
         connection / "congestion_threshold": CONGESTION_THRESHOLD,
     }
+    refused = []
     for path, value in settings.items():
         try:
             path.write_text(f"{value}\n")
         except OSError as error:
-            log.info("the kernel's %s stays as it is, which makes large reads slower: %s", path.name, error)
+            refused.append(f"{path} ({error.strerror})")
+    if refused:
+        log.info("large reads may be slower, since these could not be raised: %s", ", ".join(refused))
 
 
 def _mounted_type(path: Path) -> str | None:

@@ -61,6 +61,15 @@ class OpenImage:
         Raises RbdfsError with librbd's errno; never returns less in the middle, and never zeros for what could not be
         read.
         """
+        try:
+            return await self._read(offset, length)
+        except BeyondEndError:
+            # Others have shrunk the image under us. Either it ends before this range, and that is the answer, or only
+            # the readahead that this read waited for went beyond the end, and this read does not.
+            await self._state.source.refresh()
+            return await self._read(offset, length)
+
+    async def _read(self, offset: int, length: int) -> Buffer:
         state = self._state
         size = state.source.size
         if offset + length > size:
@@ -72,13 +81,7 @@ class OpenImage:
         if ahead is not None:
             self._prefetch(*ahead)
         began = trio.current_time()
-        try:
-            data = await self._cache.read(state.cached, offset, length)
-        except BeyondEndError:
-            # Others may have shrunk the image under us: then it ends here, and that is the answer.
-            if await state.source.refresh() >= offset + length:
-                raise
-            return await self.read(offset, length)
+        data = await self._cache.read(state.cached, offset, length)
         self._readahead.on_wait(trio.current_time() - began)
         return data
 
@@ -103,15 +106,14 @@ class OpenImage:
     async def _learn(self, source: ImageSource, position: int) -> None:
         """Ask what the window around `position` holds. What was learned belongs to this open() alone."""
         holes = self._holes
-        window = await source.extents_window()
-        start = position - position % window
-        end = min(start + window, holes.size)
         try:
-            data = await source.extents(start, end - start)
+            window = await source.extents_window()
+            start = position - position % window
+            end = min(start + window, holes.size)
+            holes.learn(start, end, await source.extents(start, end - start))
         except RbdfsError as error:
-            log.warning("holes are read like data from %d to %d: %s", start, end, error)
-            data = [(start, end - start)]
-        holes.learn(start, end, data)
+            log.warning("from %d on, holes are read like data: %s", position, error)
+            holes.learn(position, holes.size, [(position, holes.size - position)])
 
     def close(self) -> None:
         """This open() reads no more."""
