@@ -118,6 +118,8 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
 def _cluster_options(options: argparse.Namespace) -> "ClusterOptions":
     from rbdfs.ceph.connect import DEFAULT_NAME, ClusterOptions  # noqa: PLC0415  (needs rados)
 
+    if options.name and "." not in options.name:
+        raise UsageError(f"--name takes a type and an id, as client.{options.name}; for the id alone there is --id")
     return ClusterOptions(
         conf=options.conf,
         cluster=options.cluster,

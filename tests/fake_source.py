@@ -47,6 +47,7 @@ class FakeSource:
 
     def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
         """See `ImageSource.aio_read`."""
+        assert not self.closed, "a closed image was read"
         data: Buffer | RbdfsError = bytes(self.content[offset : offset + length])
         if self.fail_with:
             data = ReadError(f"cannot read at {offset} (+{length})", self.fail_with)

@@ -81,6 +81,25 @@ async def test_all_opens_share_one_image_and_the_last_close_gives_it_back() -> N
 
 
 @in_trio
+async def test_readahead_that_is_queued_ends_with_the_last_close() -> None:
+    source = random_source(64 * MIB)
+    cluster = Cluster(source)
+    other = Cluster(random_source(64 * MIB))
+    other.cache, other.images = cluster.cache, cluster.images
+    other.source.hold = True
+    busy, _ = await cluster.images.open("other", other.connect)
+    cluster.cache.prefetch(busy._state.cached, 0, 16 * MIB)
+    cluster.cache.prefetch(busy._state.cached, 16 * MIB, 16 * MIB)
+    image, _ = await cluster.images.open("key", cluster.connect)
+    cluster.cache.prefetch(image._state.cached, 0, 8 * MIB)
+    assert source.aios == []
+    await cluster.images.close("key", image)
+    other.source.release()
+    assert source.aios == []
+    assert source.closed
+
+
+@in_trio
 async def test_an_open_after_a_write_sees_it_and_so_do_older_opens() -> None:
     cluster = Cluster(random_source(10_000))
     old, _ = await cluster.images.open("key", cluster.connect)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import rbd
 
 from rbdfs import __version__
 from tests.ceph import MIB, RBDFS, READ_ONLY_CAPS, Ceph, Mount, random_bytes, rbdfs, wait_until
@@ -109,6 +110,16 @@ def test_options_after_o_are_the_options_of_the_same_name(ceph: Ceph, mounts: Mo
     assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1234, 55, 0o550)
 
 
+def test_a_name_without_its_type_is_refused_with_the_right_option(folder: Path) -> None:
+    done = rbdfs("mount", "--name", "backup", str(folder))
+    assert done.returncode == 2
+    assert done.stderr == "rbdfs: --name takes a type and an id, as client.backup; for the id alone there is --id\n"
+
+
+def test_in_the_foreground_a_failure_is_one_line_too(ceph: Ceph, folder: Path) -> None:
+    assert "there is no pool nope" in refused("--foreground", "--pool", "nope", conf=ceph.conf, folder=folder)
+
+
 def test_the_version_is_printed() -> None:
     assert rbdfs("--version").stdout == f"rbdfs {__version__}\n"
 
@@ -181,9 +192,16 @@ def test_in_the_foreground_it_serves_until_sigint_and_logs_to_stderr(ceph: Ceph,
     assert list(folder.iterdir()) == []
 
 
-def test_sigterm_ends_it_within_5_s_also_while_no_osd_answers(ceph: Ceph, mount: Mount) -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [lambda file: os.pread(file, MIB, 12 * MIB), lambda file: os.lseek(file, MIB, os.SEEK_DATA)],
+    ids=["read", "seek"],
+)
+def test_sigterm_ends_it_within_5_s_also_while_no_osd_answers(
+    ceph: Ceph, mount: Mount, ask: Callable[[int], object]
+) -> None:
     name = ceph.unique("dead-osd")
-    ceph.make_image(name, random_bytes(16 * MIB))
+    ceph.make_image(name, random_bytes(16 * MIB), features=rbd.RBD_FEATURE_LAYERING)
     mount.expect("WARNING")
     file = os.open(mount.image(name), os.O_RDONLY)
     assert os.read(file, 4096)
@@ -191,13 +209,13 @@ def test_sigterm_ends_it_within_5_s_also_while_no_osd_answers(ceph: Ceph, mount:
     try:
         errors: list[int | None] = []
 
-        def read() -> None:
+        def wait() -> None:
             try:
-                os.pread(file, MIB, 12 * MIB)
+                ask(file)
             except OSError as error:
                 errors.append(error.errno)
 
-        reader = threading.Thread(target=read)
+        reader = threading.Thread(target=wait)
         reader.start()
         os.kill(mount.pid, signal.SIGTERM)
         wait_until(lambda: not mount.is_running, STOP_SECONDS)

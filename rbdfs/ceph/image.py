@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar, TypeVarTuple
 
 import rados
 import rbd
@@ -18,6 +19,9 @@ from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 OnComplete = Callable[[bytes | RbdfsError], None]
 
@@ -52,8 +56,9 @@ class CephImage:
         self._ioctx = ioctx
         self._handover = handover
         self._open_handle = open_handle
-        self._in_flight = 0
-        self._idle = trio.Event()
+        self._in_flight: dict[ReadHandle, int] = {}
+        self._one_is_idle = trio.Event()
+        self._resizing = trio.Lock()
 
     @classmethod
     async def open(
@@ -74,6 +79,7 @@ class CephImage:
         except RbdfsError as error:
             raise RbdfsError(f"cannot open {self.spec}: {error}", error.errno) from error
         self._handle.start()
+        self._in_flight[self._handle] = 0
         self.size = info.size
         self.object_size = 1 << info.order
         self.stripe_unit = info.stripe_unit
@@ -91,14 +97,14 @@ class CephImage:
 
     def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
         """See `ImageSource.aio_read`."""
-        self._in_flight += 1
-        self._handle.aio_read(offset, length, partial(self._finish, offset, length, oncomplete))
+        handle = self._handle
+        self._in_flight[handle] += 1
+        handle.aio_read(offset, length, partial(self._finish, handle, offset, length, oncomplete))
 
-    def _finish(self, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
-            self._idle = trio.Event()
+    def _finish(
+        self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
+    ) -> None:
+        self._ended(handle)
         if result == length:
             oncomplete(data)
             return
@@ -108,28 +114,52 @@ class CephImage:
         else:
             oncomplete(ReadError(f"{what}: {os.strerror(-result)}", -result))
 
+    def _ended(self, handle: ReadHandle) -> None:
+        self._in_flight[handle] -= 1
+        if not self._in_flight[handle]:
+            self._one_is_idle.set()
+            self._one_is_idle = trio.Event()
+
+    async def _blocking(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Call what blocks and uses the open image, in a thread. A cancel abandons it, but `close` waits for it."""
+        handle = self._handle
+        self._in_flight[handle] += 1
+
+        def call() -> T:
+            try:
+                return function(*args)
+            finally:
+                self._handover.post(partial(self._ended, handle))
+
+        return await in_thread(call)
+
     async def refresh(self) -> int:
         """See `ImageSource.refresh`."""
+        if await self._ask_size() != self.size:
+            async with self._resizing:
+                size = await self._ask_size()
+                if size != self.size:
+                    await self._follow_resize()
+                    self.size = size
+        return self.size
+
+    async def _ask_size(self) -> int:
         try:
             size, _ = await header.get_size(self._handover, self._ioctx, self._id)
         except RbdfsError as error:
             if error.errno == errno.ENOENT:
                 raise StaleError(f"{self.spec} was removed while it was open") from error
             raise
-        if size != self.size:
-            if self.is_watched:
-                # librbd clips a read to the size that it knows before it looks at the header: this makes it look.
-                await in_thread(self._handle.info)
-            else:
-                await self._reopen()
-        self.size = size
         return size
 
-    async def _reopen(self) -> None:
+    async def _follow_resize(self) -> None:
+        if self.is_watched:
+            # librbd clips a read to the size that it knows before it looks at the header: this makes it look.
+            await self._blocking(self._handle.info)
+            return
         stale = self._handle
         await self._open()
-        await self._until_idle()
-        await stale.aclose()
+        await self._close_handle(stale)
 
     async def extents_window(self) -> int:
         """See `ImageSource.extents_window`.
@@ -138,7 +168,7 @@ class CephImage:
         each call. Without, each object is asked for its snapshots, ten at a time.
         """
         with translated(f"ask for the features of {self.spec}"):
-            info = await in_thread(self._handle.info)
+            info = await self._blocking(self._handle.info)
         if info.features & rbd.RBD_FEATURE_FAST_DIFF and not info.flags & _MAP_INVALID:
             return max(info.size, 1)
         return OBJECTS_ASKED_AT_ONCE * self.object_size * self.stripe_count
@@ -146,7 +176,7 @@ class CephImage:
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ImageSource.extents`: `rbd_diff_iterate2` from the beginning of time, by whole objects."""
         with translated(f"ask where {self.spec} holds data"):
-            return await in_thread(self._handle.extents, offset, length)
+            return await self._blocking(self._handle.extents, offset, length)
 
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`.
@@ -156,7 +186,7 @@ class CephImage:
         what is written under a lock that is held do not move the version: tried with 16.2.)
         """
         with translated(f"ask for the state of {self.spec}"):
-            return await in_thread(self._ask_write_version)
+            return await self._blocking(self._ask_write_version)
 
     def _ask_write_version(self) -> int | None:
         # The version comes first: a lock that is taken or given back after it shows in the next version.
@@ -170,14 +200,14 @@ class CephImage:
 
     async def close(self) -> None:
         """See `ImageSource.close`."""
-        await self._until_idle()
+        await self._close_handle(self._handle)
+        self._ioctx.close()
+
+    async def _close_handle(self, handle: ReadHandle) -> None:
+        while self._in_flight[handle]:
+            await self._one_is_idle.wait()
+        del self._in_flight[handle]
         try:
-            await self._handle.aclose()
+            await handle.aclose()
         except RbdfsError as error:
             log.warning("%s could not be closed in good order: %s", self.spec, error)
-        finally:
-            self._ioctx.close()
-
-    async def _until_idle(self) -> None:
-        while self._in_flight:
-            await self._idle.wait()

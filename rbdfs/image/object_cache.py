@@ -94,6 +94,10 @@ class CachedImage:
         self.layout = layout
         self.objects: dict[int, list[Piece]] = {}
 
+    def fetches(self) -> set[Fetch]:
+        """All that was asked for and is not evicted."""
+        return {piece.fetch for pieces in self.objects.values() for piece in pieces}
+
 
 @dataclass(slots=True)
 class CacheCounts:
@@ -151,12 +155,18 @@ class ObjectCache:
             for start, end in _missing(image, offset, length):
                 self._submit(image, start, end, urgent=False)
 
+    def withdraw(self, image: CachedImage) -> None:
+        """Ask for nothing more of an image: what is queued and nobody waits for is dropped. To be called before its
+        source is closed."""
+        for fetch in image.fetches():
+            if fetch.data is None and not fetch.waiters and self._throttle.withdraw(fetch):
+                self._unlist(fetch)
+
     def forget(self, image: CachedImage) -> None:
         """Keep nothing of an image. Who waits for a fetch of it still gets the bytes."""
-        for fetch in {piece.fetch for pieces in image.objects.values() for piece in pieces}:
-            if fetch.waiters or not self._throttle.withdraw(fetch):
-                self._unlist(fetch)
-        image.objects.clear()
+        self.withdraw(image)
+        for fetch in image.fetches():
+            self._unlist(fetch)
 
     def _held(self, image: CachedImage, offset: int, length: int) -> list[tuple[Fetch, int, int]] | None:
         """The fetches that hold a range, each with the part to take; None if a byte of it is not asked for yet."""

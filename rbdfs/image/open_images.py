@@ -69,6 +69,7 @@ class OpenImages:
         """Close what is still open."""
         for entry in self._entries.values():
             if entry.state is not None:
+                self._cache.withdraw(entry.state.cached)
                 await entry.state.source.close()
         self._entries.clear()
 
@@ -102,8 +103,9 @@ class OpenImages:
             if entry.users:
                 return
             if entry.state is not None:
-                source, entry.state = entry.state.source, None
-                await source.close()
+                state, entry.state = entry.state, None
+                self._cache.withdraw(state.cached)
+                await state.source.close()
             if not entry.users:
                 self._remember(key, entry)
 
