@@ -1,5 +1,6 @@
 """Thin images stay thin, and not one byte of data is taken for a hole; on a real mount of a real cluster."""
 
+import json
 import os
 import random
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import rbd
 
 from rbdfs.ceph import header
-from tests.ceph import MIB, Ceph, Mount, random_bytes
+from tests.ceph import MIB, Ceph, Mount, random_bytes, wait_until
 
 Mounts = Callable[..., Mount]
 
@@ -170,16 +171,65 @@ def test_an_image_whose_object_map_is_invalid_looks_full_and_copies_right(
         assert copy.read_bytes() == content
 
 
-def test_a_clone_is_as_full_as_it_reads_or_fuller(ceph: Ceph, mount: Mount, tmp_path: Path) -> None:
+def test_the_blocks_of_a_clone_are_what_it_reads_its_parents_included(ceph: Ceph, mount: Mount, tmp_path: Path) -> None:
     parent, child = ceph.unique("parent"), ceph.unique("child")
-    content = random_bytes(12 * MIB)
-    ceph.make_image(parent, content, features=ALL_FEATURES)
+    content = b"\0" * (8 * MIB) + random_bytes(12 * MIB) + b"\0" * (20 * MIB)
     with ceph.ioctx() as ioctx:
+        rbd.RBD().create(ioctx, parent, len(content), old_format=False, features=ALL_FEATURES)
         with rbd.Image(ioctx, parent) as image:
+            image.write(content[8 * MIB : 20 * MIB], 8 * MIB)
             image.create_snap("base")
             image.protect_snap("base")
         rbd.RBD().clone(ioctx, parent, "base", ioctx, child, features=ALL_FEATURES)
-    # tar takes a file without blocks for one without data
-    assert mount.image(child).stat().st_blocks * 512 >= len(content)
+        # tar takes a file without blocks for one without data
+        assert mount.image(child).stat().st_blocks * 512 == 12 * MIB
+        with rbd.Image(ioctx, child) as image:
+            image.write(b"own", 30 * MIB)
+            image.write(b"own", 9 * MIB)
+    content = content[: 9 * MIB] + b"own" + content[9 * MIB + 3 : 30 * MIB] + b"own" + content[30 * MIB + 3 :]
+    wait_until(lambda: mount.image(child).stat().st_blocks * 512 == 16 * MIB)
     for copy in copies(mount.image(child), tmp_path):
         assert copy.read_bytes() == content, copy.name
+
+
+def test_du_says_what_rbd_du_says(ceph: Ceph, mounts: Mounts) -> None:
+    pool = ceph.unique("du")
+    ceph.make_pool(pool)
+    try:
+        with ceph.ioctx(pool) as ioctx:
+            for number, size in enumerate((5 * MIB, 64 * MIB, 10 << 30)):
+                rbd.RBD().create(ioctx, f"image{number}", size, old_format=False, features=ALL_FEATURES)
+                with rbd.Image(ioctx, f"image{number}") as image:
+                    for offset in range(0, min(size, 40 * MIB), 9 * MIB):
+                        image.write(b"x", offset)
+        mount = mounts("--pool", pool)
+        said = subprocess.run(["du", "-sB1", mount.path / pool], check=True, capture_output=True, text=True)
+        rbd_du = json.loads(ceph.run("rbd", "du", "-p", pool, "--format", "json"))
+        assert int(said.stdout.split()[0]) == rbd_du["total_used_size"]
+    finally:
+        ceph.remove_pool(pool)
+
+
+def test_an_image_of_64_tib_is_copied_in_the_time_of_what_it_holds(ceph: Ceph, mount: Mount, tmp_path: Path) -> None:
+    name = ceph.unique("huge")
+    size = 15 << 40  # ext4's largest file is a little less than 16 TiB
+    with ceph.ioctx() as ioctx:
+        rbd.RBD().create(ioctx, name, 64 << 40, old_format=False, features=ALL_FEATURES)
+        with rbd.Image(ioctx, name) as image:
+            image.write(b"first", 0)
+            image.write(b"last of what is copied", size - 22)
+            image.write(b"end", (64 << 40) - 3)
+    source, copy = mount.image(name), tmp_path / "copy"
+    assert source.stat().st_blocks * 512 == 12 * MIB
+    with source.open("rb") as file:
+        assert os.lseek(file.fileno(), 8 * MIB, os.SEEK_DATA) == size - 4 * MIB
+        assert os.lseek(file.fileno(), size, os.SEEK_DATA) == (64 << 40) - 4 * MIB
+        assert os.pread(file.fileno(), 10, (64 << 40) - 3) == b"end"
+    ceph.resize_image(name, size)
+    wait_until(lambda: source.stat().st_size == size)
+    subprocess.run(["cp", source, copy], check=True, timeout=60)
+    with copy.open("rb") as file:
+        assert file.read(5) == b"first"
+        assert os.pread(file.fileno(), 100, size - 22) == b"last of what is copied"
+    assert copy.stat().st_blocks * 512 <= 9 * MIB
+    ceph.remove_image(name)

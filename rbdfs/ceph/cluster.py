@@ -11,7 +11,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Pool, Usage
-from rbdfs.ceph import header, librbd
+from rbdfs.ceph import header, librbd, object_map
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -56,17 +56,19 @@ class Cluster:
         """
         client = await in_thread(connect, options)
         cluster = cls(client, options.name, Handover(), frozenset(only_pools))
-        with trio.move_on_after(options.connect_timeout) as waiting:
-            await cluster._check_rights()
-        if waiting.cancelled_caught:
-            raise ConnectError(
-                f"the monitors answer, but no OSD did within {options.connect_timeout} s: see 'ceph health detail'"
-            )
-        if options.events:
-            try:
-                cluster._reads = await in_thread(connect_for_reads, client, options)
-            except ConnectError as error:
-                log.warning("image data comes by callbacks, which are slower for small reads: %s", error)
+        try:
+            with trio.move_on_after(options.connect_timeout) as waiting:
+                await cluster._check_rights()
+            if waiting.cancelled_caught:
+                raise ConnectError(
+                    f"the monitors answer, but no OSD did within {options.connect_timeout} s: see 'ceph health detail'"
+                )
+            if options.events:
+                await cluster._connect_for_reads(options)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await cluster.aclose()
+            raise
         return cluster
 
     async def pools(self) -> list[Pool]:
@@ -97,8 +99,9 @@ class Cluster:
 
     async def image_names(self, pool: Pool) -> dict[str, ImageRef]:
         """See `Catalog.image_names`."""
+        ioctx = self._ioctx(pool)
         with translated(f"list the images of pool {pool.name}"):
-            images = await in_thread(lambda: list(rbd.RBD().list2(self._ioctx(pool))))
+            images = await in_thread(lambda: list(rbd.RBD().list2(ioctx)))
         return {image["name"]: ImageRef(pool, image["id"]) for image in images if image["id"]}
 
     async def image(self, pool: Pool, name: str) -> ImageRef:
@@ -113,11 +116,14 @@ class Cluster:
         ioctx = self._ioctx(image.pool)
         size, object_size = await header.get_size(self._handover, ioctx, image.id)
         modified_ns = await header.get_modify_timestamp(self._handover, ioctx, image.id)
-        used = None
-        if not await header.is_clone(self._handover, ioctx, image.id):
-            used = await header.used_objects(self._handover, ioctx, image.id, -(-size // object_size))
-        used_bytes = size if used is None else min(size, used * object_size)
-        return ImageFacts(size=size, used_bytes=used_bytes, object_size=object_size, modified_ns=modified_ns)
+        mapped = object_map.MappedImage(image.pool.id, image.id, size, object_size)
+        held = await object_map.held_objects(self._handover, self._ioctx_by_id, mapped)
+        return ImageFacts(
+            size=size,
+            used_bytes=size if held is None else min(size, held.count * object_size),
+            object_size=object_size,
+            modified_ns=modified_ns,
+        )
 
     async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts]:
         """See `Catalog.facts_of_all`."""
@@ -147,10 +153,12 @@ class Cluster:
         with translated(f"open pool {image.pool.name}"):
             ioctx = self._rados.open_ioctx2(image.pool.id)
 
+        read_ioctx = self._read_ioctx(image.pool)
+
         def open_handle(read_only: bool) -> ReadHandle:
-            if self._reads is None:
+            if read_ioctx is None:
                 return CallbackImage(ioctx, image.id, self._handover, read_only=read_only)
-            return EventImage(self._read_ioctx(image.pool), image.id, read_only=read_only)
+            return EventImage(read_ioctx, image.id, read_only=read_only)
 
         return await CephImage.open(spec, image.id, ioctx, self._handover, open_handle)
 
@@ -180,9 +188,9 @@ class Cluster:
             if self._only_pools and name not in self._only_pools:
                 continue
             try:
-                pool = Pool(self._rados.pool_lookup(name), name)
-                if RBD_APPLICATION in self._ioctx(pool).application_list():
-                    pools.append(pool)
+                with self._rados.open_ioctx(name) as ioctx:
+                    if RBD_APPLICATION in ioctx.application_list():
+                        pools.append(Pool(ioctx.get_pool_id(), name))
             except rados.ObjectNotFound:
                 log.debug("pool %s was removed while the pools were listed", name)
         return pools
@@ -202,6 +210,12 @@ class Cluster:
             return False
         raise RbdfsError(f"cannot read pool {pool.name}: {os.strerror(-result)}", -result)
 
+    async def _connect_for_reads(self, options: ClusterOptions) -> None:
+        try:
+            self._reads = await in_thread_to_its_end(connect_for_reads, self._rados, options)
+        except ConnectError as error:
+            log.warning("image data comes by callbacks, which are slower for small reads: %s", error)
+
     async def _check_rights(self) -> None:
         """Raise ConnectError where nothing could be shown, or a pool that was asked for could not."""
         pools = await self._all_pools()
@@ -218,12 +232,16 @@ class Cluster:
             log.warning("there is no pool with the application rbd, so there is nothing to show yet")
 
     def _ioctx(self, pool: Pool) -> rados.Ioctx:
-        if pool.id not in self._ioctxs:
-            self._ioctxs[pool.id] = self._rados.open_ioctx2(pool.id)
-        return self._ioctxs[pool.id]
+        return self._ioctx_by_id(pool.id)
 
-    def _read_ioctx(self, pool: Pool) -> librbd.Ioctx:
-        assert self._reads is not None  # noqa: S101  (asked for only then)
-        if pool.id not in self._read_ioctxs:
+    def _ioctx_by_id(self, pool_id: int) -> rados.Ioctx:
+        if pool_id not in self._ioctxs:
+            with translated(f"open pool {pool_id}"):
+                self._ioctxs[pool_id] = self._rados.open_ioctx2(pool_id)
+        return self._ioctxs[pool_id]
+
+    def _read_ioctx(self, pool: Pool) -> librbd.Ioctx | None:
+        """For the event API; None where reads go by callbacks."""
+        if self._reads is not None and pool.id not in self._read_ioctxs:
             self._read_ioctxs[pool.id] = self._reads.open_ioctx(pool.id)
-        return self._read_ioctxs[pool.id]
+        return self._read_ioctxs.get(pool.id)

@@ -5,14 +5,16 @@ The methods are those of Ceph's object class `rbd` (src/cls/rbd/cls_rbd.cc); cls
 
 import errno
 import struct
+from typing import NamedTuple
 
 import rados
-import rbd
 
 from rbdfs.ceph.aio import Handover, execute
 from rbdfs.errors import RbdfsError
 
-_HEAD = struct.pack("<Q", 2**64 - 2)  # CEPH_NOSNAP
+HEAD = 2**64 - 2
+"""The snapshot id of what is no snapshot (CEPH_NOSNAP)."""
+
 _NANOSECONDS = 10**9
 
 
@@ -33,9 +35,10 @@ def object_name(image_id: str) -> str:
     return f"rbd_header.{image_id}"
 
 
-async def get_size(handover: Handover, ioctx: rados.Ioctx, image_id: str) -> tuple[int, int]:
-    """The HEAD's size and the object size, in bytes. Raises RbdfsError: ENOENT where the image is gone."""
-    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_size", _HEAD)
+async def get_size(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int = HEAD) -> tuple[int, int]:
+    """The size and the object size, in bytes. Raises RbdfsError: ENOENT where the image is gone."""
+    argument = struct.pack("<Q", snapshot_id)
+    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_size", argument)
     order, size = struct.unpack("<BQ", answer)
     return size, 1 << order
 
@@ -52,46 +55,34 @@ async def get_modify_timestamp(handover: Handover, ioctx: rados.Ioctx, image_id:
     return int(seconds) * _NANOSECONDS + int(nanoseconds)
 
 
-async def is_clone(handover: Handover, ioctx: rados.Ioctx, image_id: str) -> bool:
-    """Whether the HEAD has a parent, whose data shows through."""
-    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_parent", _HEAD)
+async def get_features(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> int:
+    """The features, as `rbd.RBD_FEATURE_*`."""
+    argument = struct.pack("<QB", snapshot_id, 1)
+    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_features", argument)
+    return int.from_bytes(answer[:8], "little")
+
+
+async def get_flags(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> int:
+    """What of an image is not to be believed, as `rbd.RBD_FLAG_*`."""
+    argument = struct.pack("<Q", snapshot_id)
+    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_flags", argument)
+    return int.from_bytes(answer, "little")
+
+
+class Parent(NamedTuple):
+    """The snapshot that a clone was made of; the first `overlap` bytes of it show through."""
+
+    pool_id: int
+    image_id: str
+    snapshot_id: int
+    overlap: int
+
+
+async def get_parent(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> Parent | None:
+    """None for what is no clone. Raises RbdfsError, also for a parent in another namespace (EXDEV)."""
+    argument = struct.pack("<Q", snapshot_id)
+    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_parent", argument)
     (pool_id,) = struct.unpack_from("<q", answer)
-    return bool(pool_id >= 0)
-
-
-async def used_objects(handover: Handover, ioctx: rados.Ioctx, image_id: str, objects: int) -> int | None:
-    """How many of the HEAD's `objects` objects hold data, by its object map; None where there is no valid one."""
-    flags = await execute(handover, ioctx, object_name(image_id), "rbd", "get_flags", _HEAD)
-    if int.from_bytes(flags, "little") & rbd.RBD_FLAG_OBJECT_MAP_INVALID:
-        return None
-    try:
-        answer = await execute(
-            handover,
-            ioctx,
-            f"rbd_object_map.{image_id}",
-            "rbd",
-            "object_map_load",
-            answer_bytes=objects // 4 + _MAP_OVERHEAD,
-        )
-    except RbdfsError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    return count_objects(answer)
-
-
-_MAP_OVERHEAD = 1024  # the header, the checksum, and room for what later versions add
-
-
-def count_objects(encoded: bytes) -> int:
-    """How many objects an encoded object map (`ceph::BitVector<2>`) does not call nonexistent.
-
-    Encoded it is the length of a header (32 bits), the header, which ends with the count of objects (64 bits), and two
-    bits an object (0 for OBJECT_NONEXISTENT) from the high end of each byte; a checksum may follow.
-    """
-    (header_bytes,) = struct.unpack_from("<I", encoded)
-    (objects,) = struct.unpack_from("<Q", encoded, 4 + header_bytes - 8)
-    start = 4 + header_bytes
-    bits = int.from_bytes(encoded[start : start + (objects + 3) // 4], "big")
-    low_bits = int.from_bytes(b"\x55" * ((objects + 3) // 4), "big")
-    return ((bits | bits >> 1) & low_bits).bit_count()
+    parent_id = decode_string(answer[8:])
+    parent_snapshot, overlap = struct.unpack_from("<QQ", answer, 8 + 4 + len(parent_id))
+    return Parent(pool_id, parent_id, parent_snapshot, overlap) if pool_id >= 0 else None
