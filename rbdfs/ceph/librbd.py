@@ -142,7 +142,7 @@ _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _MMAP_THRESHOLD_MAX = 32 << 20  # the most that glibc accepts on 64 bits
-_KEPT_BYTES = 64 << 20
+_KEPT_BYTES = 32 << 20
 
 
 def keep_freed_memory() -> None:
