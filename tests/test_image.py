@@ -252,3 +252,17 @@ async def test_what_the_cluster_does_not_say_of_holes_is_data() -> None:
     cluster.source.extents = fail  # type: ignore[method-assign]
     assert await image.seek(4096, Kind.DATA) == 4096
     assert await image.seek(4096, Kind.HOLE) == image.size
+
+
+@in_trio
+async def test_holes_that_a_seek_has_found_are_not_read_ahead() -> None:
+    source = FakeSource(bytearray(64 * MIB), object_size=4 * MIB)
+    source.content[: 4 * MIB] = random.Random(1).randbytes(4 * MIB)
+    source.content[40 * MIB] = 1
+    cluster = Cluster(source)
+    image, _ = await cluster.images.open("key", cluster.connect)
+    assert await image.seek(4 * MIB, Kind.DATA) == 40 * MIB
+    for offset in range(0, 4 * MIB, MIB):
+        assert bytes(await image.read(offset, MIB)) == source.content[offset : offset + MIB]
+    assert source.fetched_bytes <= 4 * MIB
+    assert bytes(await image.read(20 * MIB, MIB)) == bytes(MIB)

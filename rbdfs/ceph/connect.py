@@ -14,6 +14,10 @@ from rbdfs.errors import ConnectError
 DEFAULT_NAME = "client.admin"
 DEFAULT_CLUSTER = "ceph"
 
+SHORT_TIMEOUT_SECONDS = 40.0
+"""Below it, operations would time out before librados asks the monitors where their OSD is now (objecter_timeout:
+10 s), and an OSD that comes back elsewhere would not be found again."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
@@ -81,8 +85,12 @@ def _settings(client: rados.Rados, options: ClusterOptions) -> dict[str, str]:
         settings["keyring"] = str(options.keyring)
     if options.mon_host is not None:
         settings["mon_host"] = options.mon_host
-    configured = client.conf_get("rados_osd_op_timeout")
-    settings["rados_osd_op_timeout"] = configured if float(configured or 0) else str(options.osd_timeout)
+    # Whole seconds: Ceph takes no other.
+    timeout = int(float(client.conf_get("rados_osd_op_timeout") or 0)) or options.osd_timeout
+    settings["rados_osd_op_timeout"] = str(timeout)
+    if 0 < timeout < SHORT_TIMEOUT_SECONDS:
+        # librados asks for a new map when an operation is this old, and looks every so often: in time, then.
+        settings["objecter_timeout"] = settings["objecter_tick_interval"] = str(timeout / 4)
     return settings
 
 

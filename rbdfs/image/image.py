@@ -123,5 +123,7 @@ class OpenImage:
         transfer = self._readahead.transfer
         while start < end:
             stop = min(end, (start // transfer + 1) * transfer)
-            self._cache.prefetch(self._state.cached, start, stop - start)
+            known = self._holes.at(start)
+            if known.kind is not Kind.HOLE or known.end < stop:
+                self._cache.prefetch(self._state.cached, start, stop - start)
             start = stop
