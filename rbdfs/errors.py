@@ -1,7 +1,6 @@
 """What can go wrong, as one family: each error carries the errno that a reader of the mount gets."""
 
 import errno
-import os
 
 
 class RbdfsError(Exception):
@@ -16,11 +15,6 @@ class RbdfsError(Exception):
         super().__init__(message)
         if errnum is not None:
             self.errno = errnum
-
-    @property
-    def reason(self) -> str:
-        """The errno in words, as `strerror` has it."""
-        return os.strerror(self.errno)
 
 
 class UsageError(RbdfsError):

@@ -152,7 +152,7 @@ class EventImage:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             self._image: librbd.Image[tuple[Deliver, bytes]] = ioctx.open_image(
-                self._event, image_id=image_id, read_only=read_only
+                self._event, image_id, read_only=read_only
             )
         except BaseException:
             os.close(self._event)

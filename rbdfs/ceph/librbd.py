@@ -60,7 +60,6 @@ class _ImageInfo(ctypes.Structure):
 
 
 _DiffCallback = ctypes.CFUNCTYPE(c_int, c_uint64, c_size_t, c_int, c_void_p)
-_UpdateCallback = ctypes.CFUNCTYPE(None, c_void_p)
 _HANDLE = POINTER(c_void_p)
 _Completion = c_size_t  # a rbd_completion_t by its address: ctypes reads it as an int, never as None
 
@@ -90,14 +89,11 @@ _rados_ioctx_set_namespace = _bind(_librados, "rados_ioctx_set_namespace", None,
 _rados_ioctx_destroy = _bind(_librados, "rados_ioctx_destroy", None, c_void_p)
 
 _OPEN = (c_void_p, c_char_p, _HANDLE, c_char_p)
-_rbd_open = _bind(_librbd, "rbd_open", c_int, *_OPEN)
-_rbd_open_read_only = _bind(_librbd, "rbd_open_read_only", c_int, *_OPEN)
 _rbd_open_by_id = _bind(_librbd, "rbd_open_by_id", c_int, *_OPEN)
 _rbd_open_by_id_read_only = _bind(_librbd, "rbd_open_by_id_read_only", c_int, *_OPEN)
 _rbd_snap_set_by_id = _bind(_librbd, "rbd_snap_set_by_id", c_int, c_void_p, c_uint64)
 _rbd_close = _bind(_librbd, "rbd_close", c_int, c_void_p)
 _rbd_stat = _bind(_librbd, "rbd_stat", c_int, c_void_p, POINTER(_ImageInfo), c_size_t)
-_rbd_get_size = _bind(_librbd, "rbd_get_size", c_int, c_void_p, POINTER(c_uint64))
 _rbd_get_features = _bind(_librbd, "rbd_get_features", c_int, c_void_p, POINTER(c_uint64))
 _rbd_get_flags = _bind(_librbd, "rbd_get_flags", c_int, c_void_p, POINTER(c_uint64))
 _rbd_get_stripe_unit = _bind(_librbd, "rbd_get_stripe_unit", c_int, c_void_p, POINTER(c_uint64))
@@ -108,8 +104,6 @@ _rbd_diff_iterate2 = _bind(
     c_int,
     *(c_void_p, c_char_p, c_uint64, c_uint64, c_uint8, c_uint8, _DiffCallback, c_void_p),
 )
-_rbd_update_watch = _bind(_librbd, "rbd_update_watch", c_int, c_void_p, POINTER(c_uint64), _UpdateCallback, c_void_p)
-_rbd_update_unwatch = _bind(_librbd, "rbd_update_unwatch", c_int, c_void_p, c_uint64)
 _rbd_set_image_notification = _bind(_librbd, "rbd_set_image_notification", c_int, c_void_p, c_int, c_int)
 
 # Short calls. The buffer is a void pointer here, so that ctypes takes a bytes object as well as an address.
@@ -222,38 +216,27 @@ class Ioctx:
         self._handle = handle
 
     def open_image(
-        self,
-        event_fd: int,
-        *,
-        image_id: str | None = None,
-        name: str | None = None,
-        snap_id: int | None = None,
-        read_only: bool = False,
+        self, event_fd: int, image_id: str, *, snap_id: int | None = None, read_only: bool = False
     ) -> "Image[Token]":
-        """Open an image by id, or by name where it has no id (format 1), at a snapshot or at HEAD.
+        """Open an image at a snapshot or at HEAD.
 
         `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not
-        check it: with a wrong one, completions are never announced. `read_only`
-        opens without a watch: an image that is then removed reads as zeros, without an error.
+        check it: with a wrong one, completions are never announced. `read_only` opens without a watch: an image that
+        is then removed reads as zeros, without an error.
         """
-        if (image_id is None) == (name is None):
-            raise ValueError("either image_id or name")
-        if image_id is not None:
-            what, function = image_id, _rbd_open_by_id_read_only if read_only else _rbd_open_by_id
-        else:
-            what, function = name or "", _rbd_open_read_only if read_only else _rbd_open
+        function = _rbd_open_by_id_read_only if read_only else _rbd_open_by_id
         handle = c_void_p()
-        _check(function(self._handle, what.encode(), byref(handle), None), f"cannot open image {what}")
+        _check(function(self._handle, image_id.encode(), byref(handle), None), f"cannot open image {image_id}")
         try:
             if snap_id is not None:
                 result = _rbd_snap_set_by_id(handle, snap_id)
-                _check(result, f"cannot open snapshot {snap_id} of image {what}")
+                _check(result, f"cannot open snapshot {snap_id} of image {image_id}")
             result = _rbd_set_image_notification(handle, event_fd, _EVENT_TYPE_EVENTFD)
-            _check(result, f"cannot set the eventfd of image {what}")
+            _check(result, f"cannot set the eventfd of image {image_id}")
         except RbdfsError:
             _rbd_close(handle)
             raise
-        return Image(handle, what)
+        return Image(handle, image_id)
 
     def destroy(self) -> None:
         """Close. All images opened through it must be closed."""
@@ -292,13 +275,6 @@ class Image(Generic[Token]):
         self._new = _Completion()
         self._new_ref = byref(self._new)
         self._polled = (_Completion * _COMPLETIONS_PER_POLL)()
-        self._update_callback: Any = None  # must live as long as librbd may call it
-        self._update_handle = c_uint64()
-
-    @property
-    def in_flight(self) -> int:
-        """Reads submitted and not yet drained."""
-        return len(self._in_flight)
 
     def submit(self, offset: int, length: int, buffer: bytes, token: Token) -> None:
         """Start a read of `length` bytes at image `offset` into `buffer` (see `new_buffer`); short, keeps the GIL.
@@ -348,20 +324,18 @@ class Image(Generic[Token]):
             completed.append((token, _rbd_aio_get_return_value(completion)))
             _rbd_aio_release(completion)
         self._in_flight.clear()
-        self._update_callback = None
         _check(result, f"cannot close image {self._name}")
         return completed
 
-    def size(self) -> int:
-        """The size in bytes; blocking: asks the cluster if the header has changed since."""
-        return self._get(_rbd_get_size, "the size")
-
     def flags(self) -> int:
-        """`rbd.RBD_FLAG_*`: whether object map and fast-diff are invalid; blocking, as `size`."""
+        """`rbd.RBD_FLAG_*`: whether object map and fast-diff are invalid.
+
+        Blocking: asks the cluster if the header has changed.
+        """
         return self._get(_rbd_get_flags, "the flags")
 
     def info(self) -> ImageInfo:
-        """Size, layout and features; blocking, as `size`."""
+        """Size, layout, features and flags; blocking, as `flags`."""
         stat = _ImageInfo()
         result = _rbd_stat(self._handle, byref(stat), ctypes.sizeof(stat))
         _check(result, f"cannot stat image {self._name}")
@@ -407,25 +381,6 @@ class Image(Generic[Token]):
         _check(result, f"cannot list the extents of image {self._name}")
         found.sort()
         return found
-
-    def watch_updates(self, notify: Callable[[], None]) -> None:
-        """Have `notify()` called, in a librbd thread, when the header changes (resize, snapshot); blocking.
-
-        Needs an image opened without `read_only`. It may be called several times for one change. One watch an image.
-        """
-        if self._update_callback is not None:
-            raise ValueError("the image is watched already")
-        callback = _UpdateCallback(lambda _: notify())
-        result = _rbd_update_watch(self._handle, byref(self._update_handle), callback, None)
-        _check(result, f"cannot watch image {self._name}")
-        self._update_callback = callback
-
-    def unwatch_updates(self) -> None:
-        """End `watch_updates`; blocking: waits for a `notify()` that is running."""
-        if self._update_callback is not None:
-            result = _rbd_update_unwatch(self._handle, self._update_handle)
-            _check(result, f"cannot end the watch of image {self._name}")
-            self._update_callback = None
 
     def _get(self, function: Callable[..., Any], what: str) -> int:
         value = c_uint64()

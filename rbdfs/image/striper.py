@@ -38,11 +38,6 @@ class Layout:
         return cls(object_size=object_size, stripe_unit=object_size, stripe_count=1)
 
     @property
-    def period(self) -> int:
-        """Bytes of one object set: `stripe_count` whole objects (`Image.get_stripe_period`)."""
-        return self.object_size * self.stripe_count
-
-    @property
     def transfer(self) -> int:
         """Bytes of the image that one readahead aio covers: whole objects where they are small enough.
 

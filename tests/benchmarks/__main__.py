@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from rbdfs.devcluster.signals import SIGNALS
 from rbdfs.errors import RbdfsError
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.machine import this_machine
 from tests.benchmarks.measures import Contender, Sample, measure
-from tests.benchmarks.peers import RBDFS, SIGNALS, PeerError, served
+from tests.benchmarks.peers import RBDFS, PeerError, served
 from tests.benchmarks.plot import as_svg
 from tests.benchmarks.report import Outcome, Results, as_json, as_markdown
 from tests.benchmarks.site import MIB, Site, site

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rbdfs.devcluster.signals import signals_blocked
 from tests.benchmarks.machine import CHECKOUT
 from tests.benchmarks.site import Image, Site, unmount
 
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.01
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _numbers = itertools.count()
 
@@ -143,16 +143,6 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
         if time.monotonic() > deadline:
             raise PeerError(otherwise)
         time.sleep(POLL_SECONDS)
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """An interruption waits until what was started has been ended."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _servers(mountpoint: Path) -> list[int]:
