@@ -14,11 +14,25 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRef:
-    """One image, by what never changes: its pool and its id (`rbd info`: id). Renaming changes neither."""
+class Namespace:
+    """A namespace of a pool, which holds images as a pool does. Each pool has the default one, whose name is empty."""
 
     pool: Pool
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.pool.name}/{self.name}" if self.name else self.pool.name
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image's HEAD, or one of its snapshots, by what no renaming changes: where it is, and its ids."""
+
+    namespace: Namespace
     id: str
+    """As `rbd info` has it."""
+    snapshot_id: int | None = None
+    """None for HEAD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +66,10 @@ class Catalog(Protocol):
     async def pool(self, name: str) -> Pool:
         """One of them by name: ENOENT if there is none, EACCES if the key may not read it."""
 
-    async def image_names(self, pool: Pool) -> dict[str, ImageRef]:
-        """All images of a pool, by name."""
+    async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
+        """All images of a namespace, by name."""
 
-    async def image(self, pool: Pool, name: str) -> ImageRef:
+    async def image(self, namespace: Namespace, name: str) -> ImageRef:
         """One image by name: ENOENT if there is none."""
 
     async def facts(self, image: ImageRef) -> ImageFacts:

@@ -8,6 +8,7 @@ import pytest
 import rbd
 import trio
 
+from rbdfs.catalog import Namespace
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.errors import BeyondEndError, RbdfsError
@@ -33,7 +34,7 @@ def real(ceph: Ceph, **options: object) -> OpenSource:
         cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf, **options))  # type: ignore[arg-type]
         try:
             pool = await cluster.pool("rbd")
-            source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(pool, name))
+            source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(Namespace(pool), name))
             try:
                 yield source
             finally:
@@ -166,7 +167,7 @@ async def test_without_the_exclusive_lock_feature_there_is_no_promise(ceph: Ceph
     cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf))
     try:
         pool = await cluster.pool("rbd")
-        source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(pool, name))
+        source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(Namespace(pool), name))
         assert await source.write_version() is None
         await source.close()
     finally:
@@ -180,6 +181,6 @@ async def test_what_is_not_there_is_an_error_with_its_errno(ceph: Ceph) -> None:
         with pytest.raises(RbdfsError, match="there is no pool nope"):
             await cluster.pool("nope")
         with pytest.raises(RbdfsError, match="No such file"):
-            await cluster.image(await cluster.pool("rbd"), "nope")
+            await cluster.image(Namespace(await cluster.pool("rbd")), "nope")
     finally:
         await cluster.aclose()

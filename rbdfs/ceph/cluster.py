@@ -10,7 +10,7 @@ import rados
 import rbd
 import trio
 
-from rbdfs.catalog import ImageFacts, ImageRef, Pool, Usage
+from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
 from rbdfs.ceph import header, librbd, object_map
 from rbdfs.ceph.aio import (
     Answer,
@@ -44,9 +44,9 @@ class Cluster:
         self._name = name
         self._handover = handover
         self._only_pools = only_pools
-        self._ioctxs: dict[int, rados.Ioctx] = {}
+        self._ioctxs: dict[tuple[int, str], rados.Ioctx] = {}
         self._reads: librbd.Cluster | None = None
-        self._read_ioctxs: dict[int, librbd.Ioctx] = {}
+        self._read_ioctxs: dict[tuple[int, str], librbd.Ioctx] = {}
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -97,26 +97,26 @@ class Cluster:
                 raise RbdfsError(f"{self._name} may not read pool {name}", errno.EACCES)
         raise RbdfsError(f"there is no pool {name} with the application rbd", errno.ENOENT)
 
-    async def image_names(self, pool: Pool) -> dict[str, ImageRef]:
+    async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """See `Catalog.image_names`."""
-        ioctx = self._ioctx(pool)
-        with translated(f"list the images of pool {pool.name}"):
+        ioctx = self._ioctx(namespace)
+        with translated(f"list the images of {namespace}"):
             images = await in_thread(lambda: list(rbd.RBD().list2(ioctx)))
-        return {image["name"]: ImageRef(pool, image["id"]) for image in images if image["id"]}
+        return {image["name"]: ImageRef(namespace, image["id"]) for image in images if image["id"]}
 
-    async def image(self, pool: Pool, name: str) -> ImageRef:
+    async def image(self, namespace: Namespace, name: str) -> ImageRef:
         """See `Catalog.image`."""
         answer = await execute(
-            self._handover, self._ioctx(pool), "rbd_directory", "rbd", "dir_get_id", header.encode_string(name)
+            self._handover, self._ioctx(namespace), "rbd_directory", "rbd", "dir_get_id", header.encode_string(name)
         )
-        return ImageRef(pool, header.decode_string(answer))
+        return ImageRef(namespace, header.decode_string(answer))
 
     async def facts(self, image: ImageRef) -> ImageFacts:
         """See `Catalog.facts`."""
-        ioctx = self._ioctx(image.pool)
+        ioctx = self._ioctx(image.namespace)
         size, object_size = await header.get_size(self._handover, ioctx, image.id)
         modified_ns = await header.get_modify_timestamp(self._handover, ioctx, image.id)
-        mapped = object_map.MappedImage(image.pool.id, image.id, size, object_size)
+        mapped = object_map.MappedImage(image.namespace.pool.id, image.namespace.name, image.id, size, object_size)
         held = await object_map.held_objects(self._handover, self._ioctx_by_id, mapped)
         return ImageFacts(
             size=size,
@@ -135,7 +135,7 @@ class Cluster:
                 try:
                     facts[image] = await self.facts(image)
                 except RbdfsError as error:
-                    log.debug("image %s of pool %s is left out: %s", image.id, image.pool.name, error)
+                    log.debug("image %s of %s is left out: %s", image.id, image.namespace, error)
 
         async with trio.open_nursery() as nursery:
             for _ in range(FACTS_AT_ONCE):
@@ -150,10 +150,8 @@ class Cluster:
 
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
-        with translated(f"open pool {image.pool.name}"):
-            ioctx = self._rados.open_ioctx2(image.pool.id)
-
-        read_ioctx = self._read_ioctx(image.pool)
+        ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
+        read_ioctx = self._read_ioctx(image.namespace)
 
         def open_handle(read_only: bool) -> ReadHandle:
             if read_ioctx is None:
@@ -202,7 +200,7 @@ class Cluster:
             self._handover.post(partial(answer.give, completion.get_return_value()))
 
         with translated(f"read pool {pool.name}"):
-            self._ioctx(pool).aio_stat("rbd_directory", arrived)
+            self._ioctx(Namespace(pool)).aio_stat("rbd_directory", arrived)
         result = await answer.get()
         if result in (0, -errno.ENOENT):
             return True
@@ -231,17 +229,25 @@ class Cluster:
         if not pools:
             log.warning("there is no pool with the application rbd, so there is nothing to show yet")
 
-    def _ioctx(self, pool: Pool) -> rados.Ioctx:
-        return self._ioctx_by_id(pool.id)
+    def _ioctx(self, namespace: Namespace) -> rados.Ioctx:
+        return self._ioctx_by_id(namespace.pool.id, namespace.name)
 
-    def _ioctx_by_id(self, pool_id: int) -> rados.Ioctx:
-        if pool_id not in self._ioctxs:
-            with translated(f"open pool {pool_id}"):
-                self._ioctxs[pool_id] = self._rados.open_ioctx2(pool_id)
-        return self._ioctxs[pool_id]
+    def _ioctx_by_id(self, pool_id: int, namespace: str) -> rados.Ioctx:
+        key = (pool_id, namespace)
+        if key not in self._ioctxs:
+            self._ioctxs[key] = self._open_ioctx(pool_id, namespace)
+        return self._ioctxs[key]
 
-    def _read_ioctx(self, pool: Pool) -> librbd.Ioctx | None:
+    def _open_ioctx(self, pool_id: int, namespace: str) -> rados.Ioctx:
+        """For the caller to close."""
+        with translated(f"open pool {pool_id}"):
+            ioctx = self._rados.open_ioctx2(pool_id)
+            ioctx.set_namespace(namespace)
+            return ioctx
+
+    def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx | None:
         """For the event API; None where reads go by callbacks."""
-        if self._reads is not None and pool.id not in self._read_ioctxs:
-            self._read_ioctxs[pool.id] = self._reads.open_ioctx(pool.id)
-        return self._read_ioctxs.get(pool.id)
+        key = (namespace.pool.id, namespace.name)
+        if self._reads is not None and key not in self._read_ioctxs:
+            self._read_ioctxs[key] = self._reads.open_ioctx(*key)
+        return self._read_ioctxs.get(key)

@@ -58,6 +58,7 @@ class MappedImage:
     """An image whose map is asked for, or a snapshot of one; sizes in bytes."""
 
     pool_id: int
+    namespace: str
     id: str
     size: int
     object_size: int
@@ -65,13 +66,13 @@ class MappedImage:
 
 
 async def held_objects(
-    handover: Handover, ioctx_of: Callable[[int], rados.Ioctx], image: MappedImage
+    handover: Handover, ioctx_of: Callable[[int, str], rados.Ioctx], image: MappedImage
 ) -> ObjectSet | None:
     """The objects that hold data, the parents' included as it shows through.
 
     None where that cannot be known without looking at each object. Raises RbdfsError: ENOENT where the image is gone.
     """
-    ioctx = ioctx_of(image.pool_id)
+    ioctx = ioctx_of(image.pool_id, image.namespace)
     objects = await _own_objects(handover, ioctx, image)
     if objects is None:
         return None
@@ -80,9 +81,9 @@ async def held_objects(
         if parent is None:
             return objects
         size, object_size = await header.get_size(
-            handover, ioctx_of(parent.pool_id), parent.image_id, parent.snapshot_id
+            handover, ioctx_of(parent.pool_id, ""), parent.image_id, parent.snapshot_id
         )
-        mapped = MappedImage(parent.pool_id, parent.image_id, size, object_size, parent.snapshot_id)
+        mapped = MappedImage(parent.pool_id, "", parent.image_id, size, object_size, parent.snapshot_id)
         below = await held_objects(handover, ioctx_of, mapped) if object_size == image.object_size else None
     except RbdfsError:  # a parent that the key may not read, or that is in another namespace
         return None

@@ -9,7 +9,7 @@ import errno
 import hashlib
 from dataclasses import dataclass
 
-from rbdfs.catalog import Catalog, ImageFacts, ImageRef, Pool
+from rbdfs.catalog import Catalog, ImageFacts, ImageRef, Namespace, Pool
 from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
 
@@ -78,13 +78,13 @@ class Tree:
             return ROOT
         if parent.pool is None:
             return self._pool(await self._catalog.pool(name))
-        return self._image(await self._catalog.image(parent.pool, name), ImageSpec(parent.pool.name, name))
+        return self._image(await self._catalog.image(Namespace(parent.pool), name), ImageSpec(parent.pool.name, name))
 
     async def list(self, directory: Directory) -> list[Listed]:
         """All entries of a directory, sorted by name. An image that goes away meanwhile is left out."""
         if directory.pool is None:
             return [(pool.name, self._pool(pool), None) for pool in await self._catalog.pools()]
-        names = await self._catalog.image_names(directory.pool)
+        names = await self._catalog.image_names(Namespace(directory.pool))
         facts = await self._catalog.facts_of_all(names.values())
         return [
             (name, self._image(ref, ImageSpec(directory.pool.name, name)), facts[ref])
@@ -116,7 +116,7 @@ class Tree:
         return Directory(_inode("pool", str(pool.id)), pool)
 
     def _image(self, ref: ImageRef, spec: ImageSpec) -> ImageFile:
-        return ImageFile(_inode("image", str(ref.pool.id), ref.id), ref, spec)
+        return ImageFile(_inode("image", str(ref.namespace.pool.id), ref.id), ref, spec)
 
 
 def _inode(*identity: str) -> int:
