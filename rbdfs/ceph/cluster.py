@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import header, librbd, object_map
+from rbdfs.ceph import clients, header, librbd, object_map
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -20,14 +20,13 @@ from rbdfs.ceph.aio import (
     Handover,
     ReadHandle,
     execute,
-    in_thread,
-    in_thread_to_its_end,
 )
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.image import CephImage
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
+from rbdfs.threads import in_thread, in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +185,19 @@ class Cluster:
         with translated("ask how full the cluster is"):
             stats = await in_thread(self._rados.get_cluster_stats)
         return Usage(total=stats["kb"] * KIB, available=stats["kb_avail"] * KIB)
+
+    @property
+    def fsid(self) -> str:
+        """The cluster's id, which no other has."""
+        return str(self._rados.get_fsid())
+
+    def setting(self, name: str) -> str:
+        """An option of Ceph's configuration, as it is for us."""
+        return str(self._rados.conf_get(name))
+
+    async def writers(self, image: ImageRef) -> list[str]:
+        """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
+        return await in_thread(clients.writers, self._ioctx(image.namespace), image.id)
 
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""

@@ -13,10 +13,11 @@ import rbd
 import trio
 
 from rbdfs.ceph import header, librbd
-from rbdfs.ceph.aio import Handover, ReadHandle, in_thread, in_thread_to_its_end
+from rbdfs.ceph.aio import Handover, ReadHandle
 from rbdfs.ceph.errors import translated
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
+from rbdfs.threads import in_thread, in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 
