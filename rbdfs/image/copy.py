@@ -170,6 +170,8 @@ class Copy:
             window = await self._source.extents_window()
             end = min(position - position % window + window, self.size)
             holes.learn(position, end, await self._source.extents(position, end - position))
+        except StaleError:
+            raise
         except RbdfsError as error:
             log.warning("from %d on, holes are read like data: %s", position, error)
             end = self.size
