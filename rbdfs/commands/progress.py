@@ -4,6 +4,7 @@ import sys
 
 import trio
 
+from rbdfs.commands.units import in_units
 from rbdfs.image.copy import Copy
 
 REDRAW_SECONDS = 0.2
@@ -58,12 +59,3 @@ def summary(copy: Copy, name: str, seconds: float) -> str:
     rate = in_units(copy.copied_bytes / max(seconds, 0.001))
     data = f"{in_units(copy.copied_bytes)} of data in {seconds:.1f} s, {rate}/s"
     return f"copied {name}, {in_units(copy.size)}: {data}"
-
-
-def in_units(count: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
