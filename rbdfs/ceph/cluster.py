@@ -159,7 +159,17 @@ class Cluster:
                 return CallbackImage(ioctx, image.id, self._handover, read_only=read_only)
             return EventImage(read_ioctx, image.id, read_only=read_only)
 
-        return await CephImage.open(spec, image.id, ioctx, self._handover, open_handle)
+        try:
+            return await CephImage.open(spec, image.id, ioctx, self._handover, open_handle)
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.
+                raise RbdfsError(
+                    f"cannot open {spec}: the image is broken, its header object {header.object_of(image)} is missing; "
+                    f"restore it, or remove what is left with: rbd rm {spec}",
+                    errno.EIO,
+                ) from error
+            raise
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
@@ -233,7 +243,13 @@ class Cluster:
         """For the caller to close."""
         with translated(f"open pool {pool_id}"):
             ioctx = self._rados.open_ioctx2(pool_id)
-            ioctx.set_namespace(namespace)
+            try:
+                ioctx.set_namespace(namespace)
+            except UnicodeEncodeError:  # Ceph's binding takes a str, and encodes it strictly
+                ioctx.close()
+                raise RbdfsError(
+                    f"images of namespace {namespace!r} cannot be opened: its name is not UTF-8", errno.EILSEQ
+                ) from None
             return ioctx
 
     def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx:
