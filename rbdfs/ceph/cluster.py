@@ -11,7 +11,7 @@ import rados
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import directory, header, librbd
+from rbdfs.ceph import clients, directory, header, librbd
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -24,7 +24,7 @@ from rbdfs.ceph.aio import (
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
-from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.image import Asks, CephImage
 from rbdfs.ceph.read_op import ReadOperations
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
@@ -149,18 +149,32 @@ class Cluster:
             stats = await in_thread(self._rados.get_cluster_stats)
         return Usage(total=stats["kb"] * KIB, available=stats["kb_avail"] * KIB)
 
+    @property
+    def fsid(self) -> str:
+        """The cluster's id, which no other has."""
+        return str(self._rados.get_fsid())
+
+    def setting(self, name: str) -> str:
+        """An option of Ceph's configuration, as it is for us."""
+        return str(self._rados.conf_get(name))
+
+    async def writers(self, image: ImageRef) -> list[str]:
+        """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
+        return await in_thread(clients.writers, self._ioctx(image.namespace), image)
+
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
-        read_ioctx = self._read_ioctx(image.namespace) if self._by_events else None
+        read_ioctx = self._read_ioctx(image.namespace)
 
         def open_handle(read_only: bool) -> ReadHandle:
-            if read_ioctx is None:
-                return CallbackImage(ioctx, image.id, self._handover, read_only=read_only)
-            return EventImage(read_ioctx, image.id, read_only=read_only)
+            if not self._by_events:
+                return CallbackImage(ioctx, image, self._handover, read_only=read_only)
+            return EventImage(read_ioctx, image, read_only=read_only)
 
         try:
-            return await CephImage.open(spec, image.id, ioctx, self._handover, open_handle)
+            asks = Asks(self._operations, read_ioctx)
+            return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
         except RbdfsError as error:
             if error.errno == errno.ENOENT and await self._facts.is_broken(image):
                 # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.
