@@ -172,18 +172,17 @@ class Cluster:
                 return CallbackImage(ioctx, image, self._handover, read_only=read_only)
             return EventImage(read_ioctx, image, read_only=read_only)
 
+        asks = Asks(self._operations, read_ioctx)
         try:
-            asks = Asks(self._operations, read_ioctx)
             return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
         except RbdfsError as error:
-            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
-                # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.
-                raise RbdfsError(
-                    f"cannot open {spec}: the image is broken, its header object {header.object_of(image)} is missing; "
-                    f"restore it, or remove what is left with: rbd rm {spec}",
-                    errno.EIO,
-                ) from error
-            raise
+            if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
+                raise
+            # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, and are content.
+            raise RbdfsError(
+                f"{error}; its pool names the image, but part of its header {header.object_of(image)} is missing",
+                errno.EIO,
+            ) from error
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
