@@ -119,7 +119,9 @@ def test_a_broken_image_is_listed_and_fails_alone_with_a_line_that_says_why(ceph
         mount = mounts("--pool", pool)
         folder = mount.path / pool
         for command in ("ls -l", "find", "du", "stat -c %s"):
-            targets = [folder / name for name in sorted(ids)] if command.startswith("stat") else [folder]
+            targets = [folder, folder / ".snap"]
+            if command.startswith("stat"):
+                targets = [folder / name for name in sorted(ids)]
             done = subprocess.run([*command.split(), *targets], check=True, capture_output=True, text=True)
             assert done.stderr == ""
         assert done.stdout.split() == ["7", "0", "0"]

@@ -125,7 +125,12 @@ class Cluster:
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """See `Catalog.snapshots`."""
-        found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        try:
+            found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                return {}
+            raise
         return {each.name: replace(image, snapshot_id=each.id) for each in found if each.is_users}
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
