@@ -308,16 +308,6 @@ def test_others_are_not_held_up_by_who_reads(ceph: Ceph, bare: Mount) -> None:
             assert os.pread(file.fileno(), MIB, 3 * MIB) == content[3 * MIB :]
 
 
-def test_readers_of_an_image_with_a_journal_leave_its_lock_to_the_writer(ceph: Ceph, bare: Mount) -> None:
-    name, content = ceph.unique("journal"), random_bytes(4 * MIB)
-    ceph.make_image(name, content, features=ALL_FEATURES | rbd.RBD_FEATURE_JOURNALING)
-    with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as writer:
-        writer.write(content[:10], 0)
-        assert writer.is_exclusive_lock_owner()
-        assert bare.image(name).read_bytes() == content
-        assert writer.is_exclusive_lock_owner()
-
-
 def clients(ceph: Ceph, key: tuple[str, ...]) -> list[str]:
     """The addresses of the clients that are connected with a key."""
     sessions = json.loads(ceph.run("ceph", "tell", "mon.a", "sessions", "--format", "json"))
