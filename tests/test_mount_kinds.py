@@ -110,29 +110,30 @@ KINDS: dict[str, Plan] = {
 }
 
 
-@pytest.fixture(scope="module")
-def kinds(ceph: Ceph) -> Iterator[dict[str, str]]:
-    """One image of each kind, with a snapshot `s`: kind → where it is."""
-    for pool in (OTHER_POOL, DATA_POOL):
-        ceph.make_pool(pool)
-    ceph.run("rbd", "namespace", "create", f"rbd/{NAMESPACE}")
-    specs = {}
-    for seed, (kind, make) in enumerate(KINDS.items()):
-        specs[kind] = make(ceph, kind)
-        if kind != "encrypted":
-            scribble(ceph, specs[kind], seed)
-        else:
-            ceph.run("rbd", "snap", "create", "--no-progress", f"{specs[kind]}@s")
-    yield specs
-    for pool in (OTHER_POOL, DATA_POOL):
-        ceph.remove_pool(pool)
-
-
 def exported(ceph: Ceph, spec: str) -> bytes:
     """What `rbd export` reads."""
     environment = os.environ | {"CEPH_CONF": os.fspath(ceph.conf)}
     command = ["rbd", "export", "--no-progress", spec, "-"]
     return subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120).stdout
+
+
+@pytest.fixture(scope="module")
+def kinds(ceph: Ceph) -> Iterator[dict[str, bytes]]:
+    """One image of each kind, named so, with a snapshot `s`: where each is → what `rbd export` reads of it."""
+    for pool in (OTHER_POOL, DATA_POOL):
+        ceph.make_pool(pool)
+    ceph.run("rbd", "namespace", "create", f"rbd/{NAMESPACE}")
+    contents: dict[str, bytes] = {}
+    for seed, (kind, make) in enumerate(KINDS.items()):
+        spec = make(ceph, kind)
+        if kind != "encrypted":
+            scribble(ceph, spec, seed)
+        else:
+            ceph.run("rbd", "snap", "create", "--no-progress", f"{spec}@s")
+        contents |= {each: exported(ceph, each) for each in (spec, f"{spec}@s")}
+    yield contents
+    for pool in (OTHER_POOL, DATA_POOL):
+        ceph.remove_pool(pool)
 
 
 @pytest.mark.parametrize(
@@ -141,17 +142,15 @@ def exported(ceph: Ceph, spec: str) -> bytes:
     ids=["watching, events", "read-only caps, callbacks"],
 )
 def test_every_kind_of_image_and_its_snapshot_are_what_rbd_export_reads(
-    ceph: Ceph, kinds: dict[str, str], mounts: Mounts, caps: tuple[str, ...], way: tuple[str, ...], tmp_path: Path
+    ceph: Ceph, kinds: dict[str, bytes], mounts: Mounts, caps: tuple[str, ...], way: tuple[str, ...], tmp_path: Path
 ) -> None:
     mount = mounts(*ceph.credentials(caps), *way)
-    for kind, spec in kinds.items():
-        for each in (spec, f"{spec}@s"):
-            path, copy = mount.path / each, tmp_path / "copy"
-            expected = exported(ceph, each)
-            assert path.stat().st_size == len(expected), (kind, each)
-            assert path.read_bytes() == expected, (kind, each)
-            subprocess.run(["cp", path, copy], check=True, timeout=60)
-            assert copy.read_bytes() == expected, (kind, each)
+    for spec, expected in kinds.items():
+        path, copy = mount.path / spec, tmp_path / "copy"
+        assert path.stat().st_size == len(expected), spec
+        assert path.read_bytes() == expected, spec
+        subprocess.run(["cp", path, copy], check=True, timeout=60)
+        assert copy.read_bytes() == expected, spec
 
 
 def test_reading_and_seeking_take_the_exclusive_lock_from_nobody(ceph: Ceph, mount: Mount, tmp_path: Path) -> None:
@@ -227,12 +226,12 @@ def test_an_image_without_its_header_is_eio_at_open_and_the_log_says_why(ceph: C
 
 
 def test_a_clone_whose_parent_the_key_may_not_read_says_so_at_open(
-    ceph: Ceph, kinds: dict[str, str], mounts: Mounts
+    ceph: Ceph, kinds: dict[str, bytes], mounts: Mounts
 ) -> None:
     caps = ("mon", "profile rbd", "osd", "profile rbd-read-only pool=rbd")
     mount = mounts(*ceph.credentials(caps))
     mount.expect("ERROR")
     with pytest.raises(PermissionError):
-        (mount.path / kinds["clone-of-another-pool"]).read_bytes()
+        mount.image("clone-of-another-pool").read_bytes()
     assert "it is a clone: the key must be allowed to read its parent as well" in mount.log
-    assert (mount.path / kinds["all-features"]).read_bytes() == exported(ceph, kinds["all-features"])
+    assert mount.image("all-features").read_bytes() == kinds["rbd/all-features"]

@@ -27,6 +27,7 @@ class HeaderWatch:
         self._header = header
         self._handover = handover
         self._watch: rados.Watch | None = None
+        self._number = 0
         self._is_lost = False
         self._renewing = trio.Lock()
 
@@ -54,14 +55,18 @@ class HeaderWatch:
                 await in_thread_to_its_end(self._take)
 
     def _take(self) -> None:
+        # The binding crashes in a Watch that the garbage collector finds in a cycle: `lost` must not know its own.
+        self._number += 1
+        number = self._number
+
         def notified(*_: object) -> None:
             """Called in a thread of librados; the binding acknowledges when this returns."""
 
         def lost(_: int) -> None:
-            self._handover.post(partial(self._lose, watch))
+            self._handover.post(partial(self._lose, number))
 
         try:
-            watch = self._ioctx.watch(self._header, notified, lost)
+            self._watch = self._ioctx.watch(self._header, notified, lost)
         except rados.Error as error:
             if errno_of(error) == errno.EPERM:
                 log.info("%s: the key may not watch the image, so nothing holds off its removal", self._spec)
@@ -70,11 +75,10 @@ class HeaderWatch:
                 log.info("%s: cannot watch the image (%s), so nothing holds off its removal", self._spec, error)
                 self._is_lost = True
         else:
-            self._watch = watch
             self._is_lost = False
 
-    def _lose(self, watch: rados.Watch) -> None:
-        if watch is self._watch:
+    def _lose(self, number: int) -> None:
+        if number == self._number:
             log.info("%s: the watch was lost; until it is back, nothing holds off the image's removal", self._spec)
             self._is_lost = True
 
