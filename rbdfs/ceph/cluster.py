@@ -11,7 +11,7 @@ import rados
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import directory, header, librbd
+from rbdfs.ceph import clients, directory, header, librbd
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -149,6 +149,19 @@ class Cluster:
             stats = await in_thread(self._rados.get_cluster_stats)
         return Usage(total=stats["kb"] * KIB, available=stats["kb_avail"] * KIB)
 
+    @property
+    def fsid(self) -> str:
+        """The cluster's id, which no other has."""
+        return str(self._rados.get_fsid())
+
+    def setting(self, name: str) -> str:
+        """An option of Ceph's configuration, as it is for us."""
+        return str(self._rados.conf_get(name))
+
+    async def writers(self, image: ImageRef) -> list[str]:
+        """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
+        return await in_thread(clients.writers, self._ioctx(image.namespace), image)
+
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
@@ -159,7 +172,18 @@ class Cluster:
                 return CallbackImage(ioctx, image, self._handover)
             return EventImage(read_ioctx, image)
 
-        return await CephImage.open(spec, image, ioctx, Asks(self._operations, read_ioctx), self._handover, open_handle)
+        try:
+            asks = Asks(self._operations, read_ioctx)
+            return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.
+                raise RbdfsError(
+                    f"cannot open {spec}: the image is broken, its header object {header.object_of(image)} is missing; "
+                    f"restore it, or remove what is left with: rbd rm {spec}",
+                    errno.EIO,
+                ) from error
+            raise
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
@@ -233,7 +257,13 @@ class Cluster:
         """For the caller to close."""
         with translated(f"open pool {pool_id}"):
             ioctx = self._rados.open_ioctx2(pool_id)
-            ioctx.set_namespace(namespace)
+            try:
+                ioctx.set_namespace(namespace)
+            except UnicodeEncodeError:  # Ceph's binding takes a str, and encodes it strictly
+                ioctx.close()
+                raise RbdfsError(
+                    f"images of namespace {namespace!r} cannot be opened: its name is not UTF-8", errno.EILSEQ
+                ) from None
             return ioctx
 
     def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx:

@@ -114,16 +114,11 @@ class CephImage:
         return opened
 
     async def _features(self) -> int:
-        """Of the image. Raises RbdfsError: EIO where the image has a name and no header."""
+        """Of the image. Raises RbdfsError: ENOENT where there is no header."""
         if self._image.format == 1:
             return 0
         call = Call(b"get_features", struct.pack("<QB", header.HEAD, 1))
         reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, (call,)))
-        if reply.result == -errno.ENOENT:
-            raise RbdfsError(
-                f"cannot open {self.spec}: its header object {self._header} is missing; "
-                "the image is broken, or was just removed"
-            )
         (features,) = struct.unpack_from("<Q", reply.answer(0, f"open {self.spec}"))
         return int(features)
 
