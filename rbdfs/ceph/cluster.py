@@ -172,10 +172,10 @@ class Cluster:
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
         read_ioctx = self._read_ioctx(image.namespace)
 
-        def open_handle(read_only: bool) -> ReadHandle:
+        def open_handle() -> ReadHandle:
             if not self._by_events:
-                return CallbackImage(ioctx, image, self._handover, read_only=read_only)
-            return EventImage(read_ioctx, image, read_only=read_only)
+                return CallbackImage(ioctx, image, self._handover)
+            return EventImage(read_ioctx, image)
 
         asks = Asks(self._operations, read_ioctx)
         try:
