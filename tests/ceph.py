@@ -16,6 +16,9 @@ import rbd
 from rbdfs.devcluster.cluster import Devcluster
 
 READ_ONLY_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only")
+SOON_BACK = {"objecter_timeout": "1", "objecter_tick_interval": "0.5"}
+"""Where an OSD is that was restarted, librados asks the monitors once an operation is 10 s old, by default."""
+
 RBDFS = (sys.executable, "-m", "rbdfs")
 CHECKOUT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -41,7 +44,7 @@ class Ceph:
     def __init__(self, devcluster: Devcluster) -> None:
         self.devcluster = devcluster
         self.conf = devcluster.conf
-        self.rados = rados.Rados(conffile=os.fspath(self.conf))
+        self.rados = rados.Rados(conffile=os.fspath(self.conf), conf=SOON_BACK)
         self.rados.connect()
         self._names = 0
 
