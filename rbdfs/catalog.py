@@ -30,9 +30,11 @@ class ImageRef:
 
     namespace: Namespace
     id: str
-    """As `rbd info` has it."""
+    """As `rbd info` has it; an image of format 1 has none, and is known by its name."""
     snapshot_id: int | None = None
     """None for HEAD."""
+    format: int = 2
+    """As `rbd info` has it: 1 for what was made before Ceph 0.61 (Cuttlefish) or by RBD_FORCE_ALLOW_V1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class ImageFacts:
     object_size: int
     """Bytes."""
     modified_ns: int
-    """Nanoseconds since the epoch; RBD moves it once a minute at most (`rbd_mtime_update_interval`)."""
+    """Nanoseconds since the epoch; RBD moves it once a minute at most (`rbd_mtime_update_interval`). Of a snapshot,
+    when it was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,23 @@ class Catalog(Protocol):
     async def pool(self, name: str) -> Pool:
         """One of them by name: ENOENT if there is none, EACCES if the key may not read it."""
 
+    async def namespaces(self, pool: Pool) -> list[Namespace]:
+        """The namespaces of a pool without the default one, by name."""
+
+    async def namespace(self, pool: Pool, name: str) -> Namespace:
+        """One of them by name: ENOENT if there is none."""
+
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """All images of a namespace, by name."""
 
     async def image(self, namespace: Namespace, name: str) -> ImageRef:
         """One image by name: ENOENT if there is none."""
+
+    async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
+        """The snapshots that users made of an image, by name, the oldest first: ENOENT if the image is gone."""
+
+    async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
+        """One of them by name: ENOENT if there is none."""
 
     async def facts(self, image: ImageRef) -> ImageFacts:
         """ENOENT if the image is gone."""

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import rados
@@ -97,6 +98,21 @@ class Cluster:
                 raise RbdfsError(f"{self._name} may not read pool {name}", errno.EACCES)
         raise RbdfsError(f"there is no pool {name} with the application rbd", errno.ENOENT)
 
+    async def namespaces(self, pool: Pool) -> list[Namespace]:
+        """See `Catalog.namespaces`."""
+        ioctx = self._ioctx(Namespace(pool))
+        with translated(f"list the namespaces of {pool.name}"):
+            names = await in_thread(rbd.RBD().namespace_list, ioctx)
+        return [Namespace(pool, name) for name in sorted(names)]
+
+    async def namespace(self, pool: Pool, name: str) -> Namespace:
+        """See `Catalog.namespace`."""
+        ioctx = self._ioctx(Namespace(pool))
+        with translated(f"look for namespace {name} of {pool.name}"):
+            if await in_thread(rbd.RBD().namespace_exists, ioctx, name):
+                return Namespace(pool, name)
+        raise RbdfsError(f"pool {pool.name} has no namespace {name}", errno.ENOENT)
+
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """See `Catalog.image_names`."""
         ioctx = self._ioctx(namespace)
@@ -111,12 +127,35 @@ class Cluster:
         )
         return ImageRef(namespace, header.decode_string(answer))
 
+    async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
+        """See `Catalog.snapshots`."""
+        ioctx = self._ioctx(image.namespace)
+        found = {}
+        for snapshot_id in reversed(await header.get_snapshot_ids(self._handover, ioctx, image.id)):
+            snapshot = await header.get_snapshot(self._handover, ioctx, image.id, snapshot_id)
+            if snapshot.is_users:
+                found[snapshot.name] = replace(image, snapshot_id=snapshot_id)
+        return found
+
+    async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
+        """See `Catalog.snapshot`."""
+        snapshots = await self.snapshots(image)
+        if name not in snapshots:
+            raise RbdfsError(f"image {image.id} of {image.namespace} has no snapshot {name}", errno.ENOENT)
+        return snapshots[name]
+
     async def facts(self, image: ImageRef) -> ImageFacts:
         """See `Catalog.facts`."""
         ioctx = self._ioctx(image.namespace)
-        size, object_size = await header.get_size(self._handover, ioctx, image.id)
-        modified_ns = await header.get_modify_timestamp(self._handover, ioctx, image.id)
-        mapped = object_map.MappedImage(image.namespace.pool.id, image.namespace.name, image.id, size, object_size)
+        snapshot_id = header.HEAD if image.snapshot_id is None else image.snapshot_id
+        size, object_size = await header.get_size(self._handover, ioctx, image.id, snapshot_id)
+        if image.snapshot_id is None:
+            modified_ns = await header.get_modify_timestamp(self._handover, ioctx, image.id)
+        else:
+            modified_ns = (await header.get_snapshot(self._handover, ioctx, image.id, snapshot_id)).created_ns
+        mapped = object_map.MappedImage(
+            image.namespace.pool.id, image.namespace.name, image.id, size, object_size, snapshot_id
+        )
         held = await object_map.held_objects(self._handover, self._ioctx_by_id, mapped)
         return ImageFacts(
             size=size,

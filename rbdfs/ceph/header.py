@@ -15,6 +15,9 @@ from rbdfs.errors import RbdfsError
 HEAD = 2**64 - 2
 """The snapshot id of what is no snapshot (CEPH_NOSNAP)."""
 
+USER_SNAPSHOT = 0
+"""The namespace of a snapshot that a user made (`SNAPSHOT_NAMESPACE_TYPE_USER`)."""
+
 _NANOSECONDS = 10**9
 
 
@@ -67,6 +70,40 @@ async def get_flags(handover: Handover, ioctx: rados.Ioctx, image_id: str, snaps
     argument = struct.pack("<Q", snapshot_id)
     answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_flags", argument)
     return int.from_bytes(answer, "little")
+
+
+class Snapshot(NamedTuple):
+    """A snapshot, as the header has it."""
+
+    id: int
+    name: str
+    is_users: bool
+    """Made by a user: not by a group, for mirroring, or one that is kept in the trash for its clones."""
+    created_ns: int
+    """Nanoseconds since the epoch; 0 for one that was made before Ceph kept them (Mimic)."""
+
+
+async def get_snapshot_ids(handover: Handover, ioctx: rados.Ioctx, image_id: str) -> list[int]:
+    """All snapshots, the newest first. Raises RbdfsError: ENOENT where the image is gone."""
+    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_snapcontext")
+    (count,) = struct.unpack_from("<I", answer, 8)  # after the highest id that was ever given out
+    return list(struct.unpack_from(f"<{count}Q", answer, 12))
+
+
+async def get_snapshot(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> Snapshot:
+    """One snapshot. Raises RbdfsError: ENOENT where there is none."""
+    argument = struct.pack("<Q", snapshot_id)
+    return decode_snapshot(await execute(handover, ioctx, object_name(image_id), "rbd", "snapshot_get", argument))
+
+
+def decode_snapshot(data: bytes) -> Snapshot:
+    """A `cls::rbd::SnapshotInfo`: id, namespace (of which only the type counts here), name, size, timestamp."""
+    snapshot_id, namespace_bytes, kind = struct.unpack_from("<6xQ2xII", data)
+    position = 6 + 8 + 6 + namespace_bytes
+    name = decode_string(data[position:])
+    position += 4 + len(name.encode(errors="surrogateescape")) + 8
+    seconds, nanoseconds = struct.unpack_from("<II", data, position)
+    return Snapshot(snapshot_id, name, kind == USER_SNAPSHOT, seconds * _NANOSECONDS + nanoseconds)
 
 
 class Parent(NamedTuple):

@@ -32,7 +32,7 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image's HEAD. `spec` is what it was called when it was looked up."""
+    """An image's HEAD, or a snapshot. `spec` is what it was called when it was looked up."""
 
     inode: int
     ref: ImageRef
@@ -78,7 +78,10 @@ class Tree:
             return ROOT
         if parent.pool is None:
             return self._pool(await self._catalog.pool(name))
-        return self._image(await self._catalog.image(Namespace(parent.pool), name), ImageSpec(parent.pool.name, name))
+        image, at, snapshot = name.partition("@")
+        spec = ImageSpec(parent.pool.name, image, snapshot=snapshot)
+        ref = await self._catalog.image(Namespace(parent.pool), image)
+        return self._image(await self._catalog.snapshot(ref, snapshot) if at else ref, spec)
 
     async def list(self, directory: Directory) -> list[Listed]:
         """All entries of a directory, sorted by name. An image that goes away meanwhile is left out."""
@@ -116,7 +119,10 @@ class Tree:
         return Directory(_inode("pool", str(pool.id)), pool)
 
     def _image(self, ref: ImageRef, spec: ImageSpec) -> ImageFile:
-        return ImageFile(_inode("image", str(ref.namespace.pool.id), ref.id), ref, spec)
+        identity = ["image", str(ref.namespace.pool.id), ref.id]
+        if ref.snapshot_id is not None:
+            identity.append(str(ref.snapshot_id))
+        return ImageFile(_inode(*identity), ref, spec)
 
 
 def _inode(*identity: str) -> int:
