@@ -88,10 +88,15 @@ class Catalog(Protocol):
         """One of them by name: ENOENT if there is none."""
 
     async def facts(self, image: ImageRef) -> ImageFacts:
-        """ENOENT if the image is gone."""
+        """ENOENT if the image is gone. One that is broken, named by its pool but without a header, is empty."""
 
-    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts]:
-        """The facts of many images, asked for at once; those that are gone or broken are left out."""
+    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
+        """The facts of many images, asked for at once. Those that are gone are left out; None is for those that the
+        cluster could not tell of."""
+
+    async def changed_ns(self, namespace: Namespace) -> int | None:
+        """When an image of a namespace was last made, renamed or removed, in nanoseconds since the epoch; None if there
+        never was any."""
 
     async def usage(self) -> Usage:
         """How full the cluster is."""

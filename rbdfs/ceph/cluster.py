@@ -8,24 +8,24 @@ from dataclasses import replace
 from functools import partial
 
 import rados
-import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import header, librbd, object_map
+from rbdfs.ceph import directory, header, librbd
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
     EventImage,
     Handover,
     ReadHandle,
-    execute,
     in_thread,
     in_thread_to_its_end,
 )
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
+from rbdfs.ceph.facts import FactsReader
 from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.read_op import ReadOperations
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
 
@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 RBD_APPLICATION = "rbd"
 KIB = 1024
-FACTS_AT_ONCE = 64
-"""Images that are asked for their facts at a time; more did not list 2,000 images sooner."""
 
 
 class Cluster:
@@ -45,9 +43,12 @@ class Cluster:
         self._name = name
         self._handover = handover
         self._only_pools = only_pools
-        self._ioctxs: dict[tuple[int, str], rados.Ioctx] = {}
-        self._reads: librbd.Cluster | None = None
-        self._read_ioctxs: dict[tuple[int, str], librbd.Ioctx] = {}
+        self._ioctxs: dict[Namespace, rados.Ioctx] = {}
+        self._reads: librbd.Cluster
+        self._read_ioctxs: dict[Namespace, librbd.Ioctx] = {}
+        self._by_events = True
+        self._operations = ReadOperations(handover)
+        self._facts = FactsReader(self._operations, self._read_ioctx)
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -57,15 +58,15 @@ class Cluster:
         """
         client = await in_thread(connect, options)
         cluster = cls(client, options.name, Handover(), frozenset(only_pools))
+        cluster._by_events = options.events
         try:
+            cluster._reads = await in_thread_to_its_end(connect_for_reads, client, options)
             with trio.move_on_after(options.connect_timeout) as waiting:
                 await cluster._check_rights()
             if waiting.cancelled_caught:
                 raise ConnectError(
                     f"the monitors answer, but no OSD did within {options.connect_timeout} s: see 'ceph health detail'"
                 )
-            if options.events:
-                await cluster._connect_for_reads(options)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await cluster.aclose()
@@ -100,42 +101,32 @@ class Cluster:
 
     async def namespaces(self, pool: Pool) -> list[Namespace]:
         """See `Catalog.namespaces`."""
-        ioctx = self._ioctx(Namespace(pool))
-        with translated(f"list the namespaces of {pool.name}"):
-            names = await in_thread(rbd.RBD().namespace_list, ioctx)
+        names = await directory.namespaces(self._operations, self._read_ioctx(Namespace(pool)))
         return [Namespace(pool, name) for name in sorted(names)]
 
     async def namespace(self, pool: Pool, name: str) -> Namespace:
         """See `Catalog.namespace`."""
-        ioctx = self._ioctx(Namespace(pool))
-        with translated(f"look for namespace {name} of {pool.name}"):
-            if await in_thread(rbd.RBD().namespace_exists, ioctx, name):
-                return Namespace(pool, name)
-        raise RbdfsError(f"pool {pool.name} has no namespace {name}", errno.ENOENT)
+        namespace = Namespace(pool, name)
+        if namespace in await self.namespaces(pool):
+            return namespace
+        raise RbdfsError(f"there is no image and no namespace {namespace}", errno.ENOENT)
+
+    async def changed_ns(self, namespace: Namespace) -> int | None:
+        """See `Catalog.changed_ns`."""
+        return await directory.changed_ns(self._operations, self._read_ioctx(namespace))
 
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """See `Catalog.image_names`."""
-        ioctx = self._ioctx(namespace)
-        with translated(f"list the images of {namespace}"):
-            images = await in_thread(lambda: list(rbd.RBD().list2(ioctx)))
-        return {image["name"]: ImageRef(namespace, image["id"]) for image in images if image["id"]}
+        return await directory.image_names(self._operations, self._read_ioctx(namespace), namespace)
 
     async def image(self, namespace: Namespace, name: str) -> ImageRef:
         """See `Catalog.image`."""
-        answer = await execute(
-            self._handover, self._ioctx(namespace), "rbd_directory", "rbd", "dir_get_id", header.encode_string(name)
-        )
-        return ImageRef(namespace, header.decode_string(answer))
+        return await directory.image(self._operations, self._read_ioctx(namespace), namespace, name)
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """See `Catalog.snapshots`."""
-        ioctx = self._ioctx(image.namespace)
-        found = {}
-        for snapshot_id in reversed(await header.get_snapshot_ids(self._handover, ioctx, image.id)):
-            snapshot = await header.get_snapshot(self._handover, ioctx, image.id, snapshot_id)
-            if snapshot.is_users:
-                found[snapshot.name] = replace(image, snapshot_id=snapshot_id)
-        return found
+        found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        return {each.name: replace(image, snapshot_id=each.id) for each in found if each.is_users}
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
         """See `Catalog.snapshot`."""
@@ -146,40 +137,11 @@ class Cluster:
 
     async def facts(self, image: ImageRef) -> ImageFacts:
         """See `Catalog.facts`."""
-        ioctx = self._ioctx(image.namespace)
-        snapshot_id = header.HEAD if image.snapshot_id is None else image.snapshot_id
-        size, object_size = await header.get_size(self._handover, ioctx, image.id, snapshot_id)
-        if image.snapshot_id is None:
-            modified_ns = await header.get_modify_timestamp(self._handover, ioctx, image.id)
-        else:
-            modified_ns = (await header.get_snapshot(self._handover, ioctx, image.id, snapshot_id)).created_ns
-        mapped = object_map.MappedImage(
-            image.namespace.pool.id, image.namespace.name, image.id, size, object_size, snapshot_id
-        )
-        held = await object_map.held_objects(self._handover, self._ioctx_by_id, mapped)
-        return ImageFacts(
-            size=size,
-            used_bytes=size if held is None else min(size, held.count * object_size),
-            object_size=object_size,
-            modified_ns=modified_ns,
-        )
+        return await self._facts.facts(image)
 
-    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts]:
+    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
         """See `Catalog.facts_of_all`."""
-        facts: dict[ImageRef, ImageFacts] = {}
-        waiting = iter(images)
-
-        async def ask() -> None:
-            for image in waiting:
-                try:
-                    facts[image] = await self.facts(image)
-                except RbdfsError as error:
-                    log.debug("image %s of %s is left out: %s", image.id, image.namespace, error)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(FACTS_AT_ONCE):
-                nursery.start_soon(ask)
-        return facts
+        return await self._facts.facts_of_all(images)
 
     async def usage(self) -> Usage:
         """See `Catalog.usage`."""
@@ -190,7 +152,7 @@ class Cluster:
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
-        read_ioctx = self._read_ioctx(image.namespace)
+        read_ioctx = self._read_ioctx(image.namespace) if self._by_events else None
 
         def open_handle(read_only: bool) -> ReadHandle:
             if read_ioctx is None:
@@ -206,7 +168,7 @@ class Cluster:
     def _shutdown(self) -> None:
         for read_ioctx in self._read_ioctxs.values():
             read_ioctx.destroy()
-        if self._reads is not None:
+        if hasattr(self, "_reads"):
             self._reads.shutdown()
         for ioctx in self._ioctxs.values():
             ioctx.close()
@@ -247,12 +209,6 @@ class Cluster:
             return False
         raise RbdfsError(f"cannot read pool {pool.name}: {os.strerror(-result)}", -result)
 
-    async def _connect_for_reads(self, options: ClusterOptions) -> None:
-        try:
-            self._reads = await in_thread_to_its_end(connect_for_reads, self._rados, options)
-        except ConnectError as error:
-            log.warning("image data comes by callbacks, which are slower for small reads: %s", error)
-
     async def _check_rights(self) -> None:
         """Raise ConnectError where nothing could be shown, or a pool that was asked for could not."""
         pools = await self._all_pools()
@@ -269,13 +225,9 @@ class Cluster:
             log.warning("there is no pool with the application rbd, so there is nothing to show yet")
 
     def _ioctx(self, namespace: Namespace) -> rados.Ioctx:
-        return self._ioctx_by_id(namespace.pool.id, namespace.name)
-
-    def _ioctx_by_id(self, pool_id: int, namespace: str) -> rados.Ioctx:
-        key = (pool_id, namespace)
-        if key not in self._ioctxs:
-            self._ioctxs[key] = self._open_ioctx(pool_id, namespace)
-        return self._ioctxs[key]
+        if namespace not in self._ioctxs:
+            self._ioctxs[namespace] = self._open_ioctx(namespace.pool.id, namespace.name)
+        return self._ioctxs[namespace]
 
     def _open_ioctx(self, pool_id: int, namespace: str) -> rados.Ioctx:
         """For the caller to close."""
@@ -284,9 +236,8 @@ class Cluster:
             ioctx.set_namespace(namespace)
             return ioctx
 
-    def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx | None:
-        """For the event API; None where reads go by callbacks."""
-        key = (namespace.pool.id, namespace.name)
-        if self._reads is not None and key not in self._read_ioctxs:
-            self._read_ioctxs[key] = self._reads.open_ioctx(*key)
-        return self._read_ioctxs.get(key)
+    def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx:
+        """For what Ceph's own bindings lack: image data by events, and read operations."""
+        if namespace not in self._read_ioctxs:
+            self._read_ioctxs[namespace] = self._reads.open_ioctx(namespace.pool.id, namespace.name)
+        return self._read_ioctxs[namespace]

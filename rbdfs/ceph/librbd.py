@@ -215,6 +215,11 @@ class Ioctx:
     def __init__(self, handle: c_void_p) -> None:
         self._handle = handle
 
+    @property
+    def pointer(self) -> c_void_p:
+        """The `rados_ioctx_t`, for calls that are bound elsewhere; not after `destroy`."""
+        return self._handle
+
     def open_image(
         self, event_fd: int, image_id: str, *, snap_id: int | None = None, read_only: bool = False
     ) -> "Image[Token]":

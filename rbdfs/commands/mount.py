@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
     keep_freed_memory()
     cluster = await Cluster.connect(options.cluster, options.pools)
     images = OpenImages(ObjectCache(options.cache_bytes, Throttle(MAX_OPS, MAX_BYTES)))
-    operations = Operations(Tree(cluster), cluster, images, cluster.open_image, options.presentation)
+    operations = Operations(Tree(cluster, time.time_ns()), cluster, images, cluster.open_image, options.presentation)
     try:
         with mounted(operations, options.mountpoint, options.fuse_options):
             await _until_stopped(partial(serve, operations, options.mountpoint, ready))

@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import stat
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,8 @@ import pyfuse3
 
 from rbdfs.catalog import Catalog, ImageFacts, ImageRef
 from rbdfs.errors import RbdfsError
-from rbdfs.fuse.tree import Directory, ImageFile, Listed, Node, Tree
+from rbdfs.fuse.nodes import ImageFile, Node
+from rbdfs.fuse.tree import Facts, Listed, Tree
 from rbdfs.image.holes import Kind
 from rbdfs.image.image import OpenImage
 from rbdfs.image.open_images import OpenImages
@@ -94,7 +94,6 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self._images = images
         self._connect = connect
         self._presentation = presentation
-        self._mounted_ns = time.time_ns()
         self._handles = itertools.count(1)
         self._files: dict[int, tuple[ImageRef, OpenImage]] = {}
         self._listings: dict[int, tuple[Listed, ...]] = {}
@@ -103,7 +102,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """`name` in a directory; the kernel then knows its inode."""
         node = await self._tree.lookup(self._tree.directory(parent_inode), os.fsdecode(name))
-        attributes = self._attributes(node, await self._facts(node))
+        attributes = self._attributes(node, await self._tree.facts(node))
         self._tree.remember(node)
         return attributes
 
@@ -117,12 +116,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """The attributes as the cluster has them now."""
         node = self._tree.node(inode)
-        return self._attributes(node, await self._facts(node))
+        return self._attributes(node, await self._tree.facts(node))
 
     @answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """List the directory afresh; what `readdir` answers is frozen in the handle."""
-        listing = await self._tree.list(self._tree.directory(inode))
+        listing = await self._tree.entries(self._tree.directory(inode))
         handle = next(self._handles)
         self._listings[handle] = tuple(listing)
         return handle
@@ -147,7 +146,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open an image. The kernel keeps the pages that it has only if nobody can have written to it since."""
         node = self._tree.node(inode)
-        if flags & os.O_ACCMODE != os.O_RDONLY or isinstance(node, Directory):
+        if flags & os.O_ACCMODE != os.O_RDONLY or not isinstance(node, ImageFile):
             raise pyfuse3.FUSEError(errno.EROFS)
         image, unchanged = await self._images.open(node.ref, partial(self._connect, node.spec, node.ref))
         handle = next(self._handles)
@@ -188,24 +187,23 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         answer.f_namemax = os.pathconf("/", "PC_NAME_MAX")
         return answer
 
-    async def _facts(self, node: Node) -> ImageFacts | None:
-        return await self._catalog.facts(node.ref) if isinstance(node, ImageFile) else None
-
-    def _attributes(self, node: Node, facts: ImageFacts | None) -> pyfuse3.EntryAttributes:
+    def _attributes(self, node: Node, facts: Facts | None) -> pyfuse3.EntryAttributes:
+        """What the kernel is told; it asks again at once where `facts` are None, not known at listing time."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
         entry.st_uid = self._presentation.uid
         entry.st_gid = self._presentation.gid
-        entry.attr_timeout = entry.entry_timeout = ENTRY_SECONDS
-        if facts is None:
-            entry.st_mode = stat.S_IFDIR | 0o555 & ~self._presentation.umask
-            entry.st_nlink = 2
-            changed_ns = self._mounted_ns
-        else:
+        entry.attr_timeout = entry.entry_timeout = 0.0 if facts is None else ENTRY_SECONDS
+        if isinstance(node, ImageFile):
             entry.st_mode = stat.S_IFREG | 0o444 & ~self._presentation.umask
+        else:
+            entry.st_mode = stat.S_IFDIR | 0o555 & ~self._presentation.umask
+        if isinstance(facts, ImageFacts):
             entry.st_size = facts.size
             entry.st_blksize = facts.object_size
             entry.st_blocks = -(-facts.used_bytes // STAT_BLOCK_BYTES)
             changed_ns = facts.modified_ns
+        else:
+            changed_ns = facts or 0
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = changed_ns
         return entry
