@@ -20,8 +20,9 @@ import rados
 import rbd
 import trio
 
+from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
-from rbdfs.ceph.errors import errno_of, translated
+from rbdfs.ceph.errors import errno_of, reason_of, translated
 from rbdfs.errors import RbdfsError
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,44 @@ class Answer(Generic[T]):
         return self._values[0]
 
 
+class Call:
+    """A method of an object class that was called on its object (`rados_aio_exec`), and is to be waited for.
+
+    Calls on one object are answered in the order in which they were made.
+    """
+
+    def __init__(
+        self,
+        handover: Handover,
+        ioctx: rados.Ioctx,
+        object_name: str,
+        object_class: str,
+        method: str,
+        argument: bytes = b"",
+        answer_bytes: int = 8192,
+    ) -> None:
+        """`answer_bytes` is what the answer takes at most. Raises RbdfsError."""
+        self._what = f"{object_class}.{method} on {object_name}"
+        self._answer: Answer[tuple[int, bytes | None]] = Answer()
+        answer = self._answer
+
+        def arrived(completion: rados.Completion, data: bytes | None) -> None:
+            handover.post(partial(answer.give, (completion.get_return_value(), data)))
+
+        with translated(f"call {self._what}"):
+            ioctx.aio_execute(object_name, object_class, method, argument, answer_bytes, arrived)
+
+    async def answer(self) -> bytes:
+        """Raises RbdfsError with the method's errno: ENOENT where the object is not there, EPERM where the key may not.
+
+        To be called once.
+        """
+        result, data = await self._answer.get()
+        if result < 0 or data is None:
+            raise RbdfsError(f"cannot call {self._what}: {reason_of(-result)}", -result or errno.EIO)
+        return data
+
+
 async def execute(
     handover: Handover,
     ioctx: rados.Ioctx,
@@ -107,22 +146,8 @@ async def execute(
     argument: bytes = b"",
     answer_bytes: int = 8192,
 ) -> bytes:
-    """Call a method of an object class on its object (`rados_aio_exec`): its answer, `answer_bytes` at most.
-
-    Raises RbdfsError with the method's errno: ENOENT where the object is not there, EPERM where the key may not.
-    """
-    answer: Answer[tuple[int, bytes | None]] = Answer()
-
-    def arrived(completion: rados.Completion, data: bytes | None) -> None:
-        handover.post(partial(answer.give, (completion.get_return_value(), data)))
-
-    with translated(f"call {object_class}.{method} on {object_name}"):
-        ioctx.aio_execute(object_name, object_class, method, argument, answer_bytes, arrived)
-    result, data = await answer.get()
-    if result < 0 or data is None:
-        reason = os.strerror(-result)
-        raise RbdfsError(f"cannot call {object_class}.{method} on {object_name}: {reason}", -result or errno.EIO)
-    return data
+    """Call a method of an object class, and wait for its answer: see `Call`."""
+    return await Call(handover, ioctx, object_name, object_class, method, argument, answer_bytes).answer()
 
 
 class ReadHandle(Protocol):
@@ -140,6 +165,9 @@ class ReadHandle(Protocol):
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Where a range holds data, the parent's included: (image offset, length) pairs of whole objects."""
 
+    def watchers(self) -> frozenset[int]:
+        """The clients that watch the image's header, by their ids."""
+
     async def aclose(self) -> None:
         """Close. No read may be in flight. Raises RbdfsError."""
 
@@ -147,17 +175,18 @@ class ReadHandle(Protocol):
 class EventImage:
     """Reads by librbd's event API."""
 
-    def __init__(self, ioctx: librbd.Ioctx, image_id: str, *, read_only: bool) -> None:
+    def __init__(self, ioctx: librbd.Ioctx, image: ImageRef, *, read_only: bool) -> None:
         """Blocks. Raises RbdfsError."""
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             self._image: librbd.Image[tuple[Deliver, bytes]] = ioctx.open_image(
-                self._event, image_id, read_only=read_only
+                self._event, image.id, snap_id=image.snapshot_id, read_only=read_only, by_name=image.format == 1
             )
         except BaseException:
             os.close(self._event)
             raise
         self.info = self._image.info
+        self.watchers = self._image.watchers
         self._dispatching = trio.CancelScope()
 
     def start(self) -> None:
@@ -197,11 +226,18 @@ class EventImage:
 class CallbackImage:
     """Reads by callbacks of Ceph's own binding."""
 
-    def __init__(self, ioctx: rados.Ioctx, image_id: str, handover: Handover, *, read_only: bool) -> None:
+    def __init__(self, ioctx: rados.Ioctx, image: ImageRef, handover: Handover, *, read_only: bool) -> None:
         """Blocks. Raises RbdfsError."""
         self._handover = handover
-        with translated(f"open image {image_id}"):
-            self._image = rbd.Image(ioctx, image_id=image_id, read_only=read_only)
+        which = {"name": image.id} if image.format == 1 else {"image_id": image.id}
+        with translated(f"open image {image.id}"):
+            self._image = rbd.Image(ioctx, read_only=read_only, **which)
+            if image.snapshot_id is not None:
+                try:
+                    self._image.set_snap_by_id(image.snapshot_id)
+                except rbd.Error:
+                    self._image.close()
+                    raise
 
     def start(self) -> None:
         """See `ReadHandle.start`."""
@@ -240,6 +276,11 @@ class CallbackImage:
                 offset, length, None, lambda start, count, _exists: found.append((start, count)), True, True
             )
         return found
+
+    def watchers(self) -> frozenset[int]:
+        """See `ReadHandle.watchers`."""
+        with translated("list who watches an image"):
+            return frozenset(watcher["id"] for watcher in self._image.watchers_list())
 
     async def aclose(self) -> None:
         """See `ReadHandle.aclose`."""

@@ -156,10 +156,10 @@ class Cluster:
 
         def open_handle(read_only: bool) -> ReadHandle:
             if read_ioctx is None:
-                return CallbackImage(ioctx, image.id, self._handover, read_only=read_only)
-            return EventImage(read_ioctx, image.id, read_only=read_only)
+                return CallbackImage(ioctx, image, self._handover, read_only=read_only)
+            return EventImage(read_ioctx, image, read_only=read_only)
 
-        return await CephImage.open(spec, image.id, ioctx, self._handover, open_handle)
+        return await CephImage.open(spec, image, ioctx, self._handover, open_handle)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""

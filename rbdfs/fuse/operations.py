@@ -171,6 +171,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         return found
 
     @answered
+    async def flush(self, handle: int) -> None:
+        """A close(): an error if the image is gone, which cp, dd and cat notice."""
+        _, image = self._files[handle]
+        await image.flush()
+
+    @answered
     async def release(self, handle: int) -> None:
         """The last descriptor of an open() was closed."""
         ref, image = self._files.pop(handle)

@@ -31,6 +31,8 @@ class HoleMap:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.is_asked = False
+        """Whether somebody has asked for all of it, or is about to."""
         self._starts = [0]
         self._kinds = [Kind.UNKNOWN]
 

@@ -5,13 +5,19 @@ from dataclasses import dataclass
 
 import trio
 
-from rbdfs.errors import BeyondEndError, RbdfsError
+from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.object_cache import CachedImage, ObjectCache
 from rbdfs.image.readahead import Readahead
 from rbdfs.image.source import Buffer, ImageSource
 
 log = logging.getLogger(__name__)
+
+ZEROS = memoryview(bytes(1 << 20))
+"""What every read in a known hole is answered from; the kernel asks for no more at once."""
+
+FLUSH_SECONDS = 2.0
+"""How long a close() waits to hear whether the image is still there."""
 
 
 class ReadaheadShare:
@@ -37,6 +43,8 @@ class OpenState:
 
     source: ImageSource
     cached: CachedImage
+    holes: HoleMap | None = None
+    """What is known of a snapshot's holes, by whoever asked first. A HEAD's belong to each open()."""
 
 
 class OpenImage:
@@ -48,7 +56,8 @@ class OpenImage:
         self._share = share
         self._readahead = Readahead(state.cached.layout.transfer)
         share.files.append(self._readahead)
-        self._holes = HoleMap(state.source.size)
+        self._holes = state.holes or HoleMap(state.source.size)
+        self._stale: StaleError | None = None
 
     @property
     def size(self) -> int:
@@ -62,21 +71,28 @@ class OpenImage:
         read.
         """
         try:
-            return await self._read(offset, length)
-        except BeyondEndError:
-            # Others have shrunk the image under us. Either it ends before this range, and that is the answer, or only
-            # the readahead that this read waited for went beyond the end, and this read does not.
-            await self._state.source.refresh()
-            return await self._read(offset, length)
+            try:
+                return await self._read(offset, length)
+            except BeyondEndError:
+                # Others have shrunk the image under us. Either it ends before this range, and that is the answer, or
+                # only the readahead that this read waited for went beyond the end, and this read does not.
+                await self._state.source.refresh()
+                return await self._read(offset, length)
+        except StaleError as error:
+            self._stale = error
+            raise
 
     async def _read(self, offset: int, length: int) -> Buffer:
         state = self._state
+        state.source.heed()
         size = state.source.size
         if offset + length > size:
             size = await state.source.refresh()
             length = min(length, size - offset)
             if length <= 0:
                 return b""
+        if state.holes is not None and await self._is_known_hole(state.holes, offset, length):
+            return ZEROS[:length] if length <= len(ZEROS) else bytes(length)
         ahead = self._readahead.on_read(offset, length, size, self._share.limit)
         if ahead is not None:
             self._prefetch(*ahead)
@@ -84,6 +100,33 @@ class OpenImage:
         data = await self._cache.read(state.cached, offset, length)
         self._readahead.on_wait(trio.current_time() - began)
         return data
+
+    async def _is_known_hole(self, holes: HoleMap, offset: int, length: int) -> bool:
+        """Whether a snapshot is known to hold nothing there: such reads ask no OSD. What can be known is asked once."""
+        if not holes.is_asked:
+            holes.is_asked = True
+            source = self._state.source
+            try:
+                # Only where one answer tells of all of it: then it costs milliseconds.
+                if await source.extents_window() >= holes.size:
+                    await self._learn(source, 0)
+            except RbdfsError as error:
+                log.info("holes are read like data: %s", error)
+        known = holes.at(offset)
+        return known.kind is Kind.HOLE and offset + length <= known.end
+
+    async def flush(self) -> None:
+        """What close() is told: raises StaleError if a read found the image gone, or if it is gone now."""
+        if self._stale is None:
+            with trio.move_on_after(FLUSH_SECONDS):
+                try:
+                    await self._state.source.verify()
+                except StaleError as error:
+                    self._stale = error
+                except RbdfsError as error:
+                    log.debug("at close: %s", error)
+        if self._stale is not None:
+            raise self._stale
 
     async def seek(self, offset: int, kind: Kind) -> int | None:
         """Where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.
