@@ -98,5 +98,11 @@ class Catalog(Protocol):
         """When an image of a namespace was last made, renamed or removed, in nanoseconds since the epoch; None if there
         never was any."""
 
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """What `attribute` can be asked of an image or a snapshot: its facts, and `meta.KEY` for its own metadata."""
+
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """One of them, in the words of the `rbd` command: ENODATA if there is none of that name."""
+
     async def usage(self) -> Usage:
         """How full the cluster is."""

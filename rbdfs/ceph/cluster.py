@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import rados
+import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
@@ -20,7 +21,9 @@ from rbdfs.ceph.aio import (
     ReadHandle,
     in_thread,
     in_thread_to_its_end,
+    open_in_librbd,
 )
+from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
@@ -49,6 +52,9 @@ class Cluster:
         self._by_events = True
         self._operations = ReadOperations(handover)
         self._facts = FactsReader(self._operations, self._read_ioctx)
+        self._attributes = AttributeReader(
+            self._operations, self._read_ioctx, connection.pool_reverse_lookup, self._open_to_ask
+        )
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -143,6 +149,14 @@ class Cluster:
         """See `Catalog.facts_of_all`."""
         return await self._facts.facts_of_all(images)
 
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """See `Catalog.attribute_names`."""
+        return await self._attributes.names(image)
+
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """See `Catalog.attribute`."""
+        return await self._attributes.value(image, name)
+
     async def usage(self) -> Usage:
         """See `Catalog.usage`."""
         with translated("ask how full the cluster is"):
@@ -160,6 +174,10 @@ class Cluster:
             return EventImage(read_ioctx, image, read_only=read_only)
 
         return await CephImage.open(spec, image, ioctx, self._handover, open_handle)
+
+    def _open_to_ask(self, image: ImageRef) -> rbd.Image:
+        """Blocks; raises rbd's errors."""
+        return open_in_librbd(self._ioctx(image.namespace), image, read_only=True)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
