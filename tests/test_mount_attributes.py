@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tests.ceph import MIB, READ_ONLY_CAPS, Ceph, Mount
 
 Mounts = Callable[..., Mount]
 
+RICH = ("--object-size", "1M", "--stripe-unit", "64K", "--stripe-count", "4", "--data-pool", "rbd")
 KEYS = ["note", "with space and ü", "new\nline", "%2F/=@", "x" * 241, "too long" * 31, *(f"many{i}" for i in range(70))]
 
 
@@ -26,6 +28,11 @@ def attributes(path: Path) -> dict[str, str]:
         assert name.startswith("user.rbd.")
         found[name.removeprefix("user.rbd.")] = os.fsdecode(os.getxattr(path, name))
     return found
+
+
+def clone(ceph: Ceph, snapshot: str, child: str, *options: str) -> None:
+    """Of version 2, which may be in another namespace than its parent, and whose parent may go to the trash."""
+    ceph.run("rbd", "clone", "--rbd-default-clone-format", "2", snapshot, child, *options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +62,7 @@ def rich(ceph: Ceph) -> Iterator[Rich]:
         rbd.RBD().create(parent_ioctx, "parent", 8 * MIB, old_format=False)
         with rbd.Image(parent_ioctx, "parent") as image:
             image.create_snap("s1")
-        rbd.RBD().clone(
-            *(parent_ioctx, "parent", "s1", ioctx, "rich"),
-            order=20,
-            features=rbd.RBD_FEATURE_LAYERING | rbd.RBD_FEATURE_EXCLUSIVE_LOCK | rbd.RBD_FEATURE_OBJECT_MAP,
-            stripe_unit=65536,
-            stripe_count=4,
-            data_pool="rbd",
-            clone_format=2,
-        )
+        clone(ceph, f"{parent_pool}/base/parent@s1", f"{pool}/team/rich", *RICH)
         with rbd.Image(ioctx, "rich") as image:
             image.create_snap("before")
             image.protect_snap("before")
@@ -72,6 +71,7 @@ def rich(ceph: Ceph) -> Iterator[Rich]:
             snapshot_id = next(each["id"] for each in image.list_snaps() if each["name"] == "before")
             for key in KEYS:
                 image.metadata_set(key, f"value of {key}")
+        with rbd.Image(ioctx, "rich") as image:
             image.lock_exclusive("a cookie")
     yield Rich(pool, parent_pool, snapshot_id)
     for name in (pool, parent_pool):
@@ -169,7 +169,7 @@ def test_a_parent_in_the_trash_is_named_as_rbd_info_names_it(ceph: Ceph, mount: 
         with rbd.Image(ioctx, parent) as image:
             image.create_snap("s")
             parent_id = image.id()
-        rbd.RBD().clone(ioctx, parent, "s", ioctx, child, clone_format=2)
+        clone(ceph, f"rbd/{parent}@s", f"rbd/{child}")
         rbd.RBD().trash_move(ioctx, parent)
     assert attributes(mount.image(child))["parent"] == f"rbd/{parent}@s (trash {parent_id})"
     assert f"parent: rbd/{parent}@s (trash {parent_id})\n" in ceph.run("rbd", "info", f"rbd/{child}")
@@ -178,9 +178,11 @@ def test_a_parent_in_the_trash_is_named_as_rbd_info_names_it(ceph: Ceph, mount: 
 def test_other_attributes_and_directories_have_none_and_the_cluster_is_not_asked(ceph: Ceph, mount: Mount) -> None:
     name = ceph.unique("asked")
     ceph.make_image(name, b"x")
+    osd = ceph.devcluster.status().pids["osd.0"]
+    assert osd is not None
     file = os.open(mount.image(name), os.O_PATH)  # so that the kernel need not look it up again
     path = f"/proc/self/fd/{file}"
-    ceph.devcluster.kill_daemon("osd.0")
+    os.kill(osd, signal.SIGSTOP)  # whoever asks the cluster waits
     try:
         for attribute in ("security.selinux", "user.other", "trusted.rbd.id"):
             with pytest.raises(OSError, match="No data") as caught:
@@ -189,7 +191,7 @@ def test_other_attributes_and_directories_have_none_and_the_cluster_is_not_asked
         assert os.getxattr(path, "user.rbd.pool") == b"rbd"
         assert os.listxattr(mount.path) == []
     finally:
-        ceph.devcluster.start_daemon("osd.0")
+        os.kill(osd, signal.SIGCONT)
         os.close(file)
     for attribute in ("user.rbd.nothing", "user.rbd.meta.nothing", "user.rbd.protected"):
         with pytest.raises(OSError, match="No data"):
