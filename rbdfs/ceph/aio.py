@@ -7,7 +7,6 @@ of them costs one wake-up of the trio thread. Image data comes by events (measur
 where that cannot be had; the few answers of object classes always come by callbacks.
 """
 
-import errno
 import inspect
 import logging
 import os
@@ -22,8 +21,7 @@ import trio
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
-from rbdfs.ceph.errors import errno_of, reason_of, translated
-from rbdfs.errors import RbdfsError
+from rbdfs.ceph.errors import errno_of, translated
 
 log = logging.getLogger(__name__)
 
@@ -97,57 +95,6 @@ class Answer(Generic[T]):
         """A cancel abandons what was asked for: its result is dropped."""
         await self._event.wait()
         return self._values[0]
-
-
-class Call:
-    """A method of an object class that was called on its object (`rados_aio_exec`), and is to be waited for.
-
-    Calls on one object are answered in the order in which they were made.
-    """
-
-    def __init__(
-        self,
-        handover: Handover,
-        ioctx: rados.Ioctx,
-        object_name: str,
-        object_class: str,
-        method: str,
-        argument: bytes = b"",
-        answer_bytes: int = 8192,
-    ) -> None:
-        """`answer_bytes` is what the answer takes at most. Raises RbdfsError."""
-        self._what = f"{object_class}.{method} on {object_name}"
-        self._answer: Answer[tuple[int, bytes | None]] = Answer()
-        answer = self._answer
-
-        def arrived(completion: rados.Completion, data: bytes | None) -> None:
-            handover.post(partial(answer.give, (completion.get_return_value(), data)))
-
-        with translated(f"call {self._what}"):
-            ioctx.aio_execute(object_name, object_class, method, argument, answer_bytes, arrived)
-
-    async def answer(self) -> bytes:
-        """Raises RbdfsError with the method's errno: ENOENT where the object is not there, EPERM where the key may not.
-
-        To be called once.
-        """
-        result, data = await self._answer.get()
-        if result < 0 or data is None:
-            raise RbdfsError(f"cannot call {self._what}: {reason_of(-result)}", -result or errno.EIO)
-        return data
-
-
-async def execute(
-    handover: Handover,
-    ioctx: rados.Ioctx,
-    object_name: str,
-    object_class: str,
-    method: str,
-    argument: bytes = b"",
-    answer_bytes: int = 8192,
-) -> bytes:
-    """Call a method of an object class, and wait for its answer: see `Call`."""
-    return await Call(handover, ioctx, object_name, object_class, method, argument, answer_bytes).answer()
 
 
 class ReadHandle(Protocol):

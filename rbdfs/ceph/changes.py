@@ -1,9 +1,9 @@
 """What others do to an image while it is open here, and how to tell before a reader is told wrong bytes.
 
 librbd reads an object that is gone as zeros, without an error: it cannot tell a hole from what was just removed. And
-what holds off a removal (a watch) some keys may not have. So bytes that may be wrong are answered only after a look at the
-image that began when they had arrived. What a look relies on is the order in which librbd does things (16.2, seen to
-happen so; src/librbd):
+what holds off a removal (a watch) some keys may not have. So bytes that may be wrong are answered only after a look at
+the image that began when they had arrived. What a look relies on is the order in which librbd does things (src/librbd;
+seen to happen so with 16.2):
 
 - `rbd rm` moves an image to the trash first, out of the pool's directory, and then removes its objects
   (`api/Image.cc`).
@@ -21,14 +21,15 @@ import struct
 from collections.abc import Awaitable, Callable, Hashable
 from typing import NamedTuple, Protocol
 
-import rados
 import rbd
 import trio
 
 from rbdfs.catalog import ImageRef
-from rbdfs.ceph import header
-from rbdfs.ceph.aio import Answer, Call, Handover, execute, in_thread
-from rbdfs.ceph.errors import translated
+from rbdfs.ceph import header, librbd
+from rbdfs.ceph.aio import Answer
+from rbdfs.ceph.directory import DIRECTORY
+from rbdfs.ceph.encoding import encode_string
+from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import RbdfsError, StaleError
 from rbdfs.spec import ImageSpec
 
@@ -41,12 +42,7 @@ then zeros wait. `rbd resize` takes milliseconds for each hundred objects; a VM 
 LOOK_AGAIN_SECONDS = 0.1
 
 # The argument of cls_lock's get_info, encoded: version 1, compatible with 1, length, the name of librbd's managed lock.
-GET_LOCK_INFO = struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + header.encode_string("rbd_lock")
-
-# A header of format 1 (`rbd_obj_header_ondisk`): size, ..., count of snapshots, then id and size of each.
-_HEADER_1 = struct.Struct("<80xQQII8x")
-_SNAPSHOT_1 = struct.Struct("<QQ")
-_HEADER_1_BYTES = 1 << 20
+GET_LOCK_INFO = struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + encode_string("rbd_lock")
 
 
 class Seen(NamedTuple):
@@ -76,38 +72,47 @@ def locked_by(info: bytes) -> frozenset[Hashable]:
 class HeadLook:
     """Looks at the HEAD of an image of format 2."""
 
-    def __init__(self, spec: ImageSpec, image_id: str, handover: Handover, ioctx: rados.Ioctx, features: int) -> None:
+    def __init__(
+        self,
+        spec: ImageSpec,
+        image: ImageRef,
+        operations: ReadOperations,
+        ioctx: librbd.Ioctx,
+        watchers: Watchers,
+        *,
+        features: int,
+        follows_migration: bool,
+    ) -> None:
+        """`follows_migration`: whether librbd is told when a migration of the image ends."""
         self._spec = spec
-        self._id = image_id
-        self._handover = handover
-        self._ioctx = ioctx
+        self._operations = operations
+        self._watchers = watchers
         self._features = features
-        self.watchers: Watchers | None = None
-        self.follows_migration = True
-        """Whether the image in librbd is told when a migration of it ends."""
+        self._follows_migration = follows_migration
+        head = struct.pack("<Q", header.HEAD)
+        calls = (
+            Call(b"get_size", head),
+            Call(b"get_features", head + b"\1"),
+            Call(b"get_info", GET_LOCK_INFO, b"lock"),
+        )
+        name = Call(b"dir_get_name", encode_string(image.id))
+        self._requests = (Request(ioctx, header.object_of(image), calls), Request(ioctx, DIRECTORY, (name,)))
 
     async def __call__(self) -> Seen:
         """One round trip; two for an image without an exclusive lock."""
-        handover, ioctx, name = self._handover, self._ioctx, header.object_name(self._id)
         has_lock = bool(self._features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK)
-        writers: frozenset[Hashable] = frozenset()
-        if not has_lock and self.watchers is not None:
-            writers = await self.watchers()
-        # The size comes after the writers: who has shrunk it and is gone has said so.
-        lock = Call(handover, ioctx, name, "lock", "get_info", GET_LOCK_INFO)
-        features_call = Call(handover, ioctx, name, "rbd", "get_features", struct.pack("<QB", header.HEAD, 1))
-        size_call = Call(handover, ioctx, name, "rbd", "get_size", struct.pack("<Q", header.HEAD))
-        listed = Call(handover, ioctx, "rbd_directory", "rbd", "dir_get_name", header.encode_string(self._id))
+        # Who watches comes before the size: who has shrunk it and is gone has said so.
+        writers: frozenset[Hashable] = frozenset() if has_lock else await self._watchers()
+        of_header, of_directory = await self._operations.operate(self._requests)
+        what = f"look at {self._spec}"
         try:
-            lockers = locked_by(await lock.answer())
-            features = int.from_bytes((await features_call.answer())[:8], "little")
-            (size,) = struct.unpack_from("<Q", await size_call.answer(), 1)
-            await listed.answer()
+            (size,) = struct.unpack_from("<Q", of_header.answer(0, what), 1)
+            (features,) = struct.unpack_from("<Q", of_header.answer(1, what))
+            lockers = locked_by(of_header.answer(2, what))
+            of_directory.answer(0, what)
         except RbdfsError as error:
-            if error.errno == errno.ENOENT:
-                raise StaleError(f"{self._spec} was removed while it was open") from error
-            raise
-        if (features ^ self._features) & rbd.RBD_FEATURE_MIGRATING and not self.follows_migration:
+            raise _stale(self._spec) if error.errno == errno.ENOENT else error from error
+        if (features ^ self._features) & rbd.RBD_FEATURE_MIGRATING and not self._follows_migration:
             raise StaleError(f"{self._spec} was migrated while it was open: open it again")
         self._features = features
         return Seen(size, lockers if has_lock else writers)
@@ -117,66 +122,70 @@ class SnapshotLook:
     """Looks at a snapshot of an image of format 2."""
 
     def __init__(
-        self, spec: ImageSpec, image: ImageRef, handover: Handover, ioctx: rados.Ioctx, size: int, features: int
+        self,
+        spec: ImageSpec,
+        image: ImageRef,
+        operations: ReadOperations,
+        ioctx: librbd.Ioctx,
+        *,
+        size: int,
+        features: int,
     ) -> None:
         self._spec = spec
-        self._image = image
-        self._handover = handover
-        self._ioctx = ioctx
+        self._operations = operations
         self._size = size
-        self._is_migrating = bool(features & rbd.RBD_FEATURE_MIGRATING)
+        self._is_migrating = features & rbd.RBD_FEATURE_MIGRATING
+        calls = (
+            Call(b"snapshot_get", struct.pack("<Q", header.snapshot_id_of(image))),
+            Call(b"get_features", struct.pack("<QB", header.HEAD, 1)),
+        )
+        self._request = Request(ioctx, header.object_of(image), calls)
 
     async def __call__(self) -> Seen:
         """One round trip."""
-        name = header.object_name(self._image.id)
-        found = Call(
-            self._handover, self._ioctx, name, "rbd", "snapshot_get", struct.pack("<Q", self._image.snapshot_id)
-        )
+        reply = await self._operations.ask(self._request)
+        what = f"look at {self._spec}"
         try:
-            if self._is_migrating:
-                argument = struct.pack("<QB", header.HEAD, 1)
-                features = await execute(self._handover, self._ioctx, name, "rbd", "get_features", argument)
-                if not int.from_bytes(features[:8], "little") & rbd.RBD_FEATURE_MIGRATING:
-                    raise StaleError(f"{self._spec} was migrated while it was open: open it again")
-            snapshot = header.decode_snapshot(await found.answer())
+            snapshot = header.decode_snapshot(reply.answer(0, what))
+            (features,) = struct.unpack_from("<Q", reply.answer(1, what))
         except RbdfsError as error:
-            if error.errno == errno.ENOENT:
-                raise StaleError(f"{self._spec} was removed while it was open") from error
-            raise
+            raise _stale(self._spec) if error.errno == errno.ENOENT else error from error
         if not snapshot.is_users:
-            raise StaleError(f"{self._spec} was removed while it was open")
+            raise _stale(self._spec)
+        if features & rbd.RBD_FEATURE_MIGRATING != self._is_migrating:
+            raise StaleError(f"{self._spec} was migrated while it was open: open it again")
         return Seen(self._size)
 
 
 class Format1Look:
     """Looks at an image of format 1, or at a snapshot of one."""
 
-    def __init__(self, spec: ImageSpec, image: ImageRef, ioctx: rados.Ioctx, size: int) -> None:
+    def __init__(
+        self,
+        spec: ImageSpec,
+        image: ImageRef,
+        operations: ReadOperations,
+        ioctx: librbd.Ioctx,
+        watchers: Watchers,
+    ) -> None:
         self._spec = spec
         self._image = image
-        self._ioctx = ioctx
-        self._size = size
-        self.watchers: Watchers | None = None
+        self._operations = operations
+        self._request = header.request(ioctx, image)
+        self._watchers = watchers
 
     async def __call__(self) -> Seen:
         """Two round trips."""
-        writers: frozenset[Hashable] = frozenset()
-        if self.watchers is not None and self._image.snapshot_id is None:
-            writers = await self.watchers()
+        writers = frozenset() if self._image.snapshot_id is not None else await self._watchers()
+        reply = await self._operations.ask(self._request)
         try:
-            with translated(f"look for {self._spec}"):
-                data = await in_thread(self._ioctx.read, f"{self._image.id}.rbd", _HEADER_1_BYTES)
+            return Seen(header.decode(self._image, reply).size, frozenset(writers))
         except RbdfsError as error:
-            if error.errno == errno.ENOENT:
-                raise StaleError(f"{self._spec} was removed or renamed while it was open") from error
-            raise
-        size, _, count, _ = _HEADER_1.unpack_from(data)
-        if self._image.snapshot_id is None:
-            return Seen(size, writers)
-        snapshots = {_SNAPSHOT_1.unpack_from(data, _HEADER_1.size + i * _SNAPSHOT_1.size)[0] for i in range(count)}
-        if self._image.snapshot_id not in snapshots:
-            raise StaleError(f"{self._spec} was removed while it was open")
-        return Seen(self._size)
+            raise _stale(self._spec) if error.errno == errno.ENOENT else error from error
+
+
+def _stale(spec: ImageSpec) -> StaleError:
+    return StaleError(f"{spec} was removed while it was open")
 
 
 OnLooked = Callable[[int | RbdfsError], None]

@@ -27,7 +27,7 @@ from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
-from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.image import Asks, CephImage
 from rbdfs.ceph.read_op import ReadOperations
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
@@ -166,14 +166,14 @@ class Cluster:
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
-        read_ioctx = self._read_ioctx(image.namespace) if self._by_events else None
+        read_ioctx = self._read_ioctx(image.namespace)
 
         def open_handle(read_only: bool) -> ReadHandle:
-            if read_ioctx is None:
+            if not self._by_events:
                 return CallbackImage(ioctx, image, self._handover, read_only=read_only)
             return EventImage(read_ioctx, image, read_only=read_only)
 
-        return await CephImage.open(spec, image, ioctx, self._handover, open_handle)
+        return await CephImage.open(spec, image, ioctx, Asks(self._operations, read_ioctx), self._handover, open_handle)
 
     def _open_to_ask(self, image: ImageRef) -> rbd.Image:
         """Blocks; raises rbd's errors."""

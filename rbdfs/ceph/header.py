@@ -11,14 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-import rados
 import rbd
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
 from rbdfs.ceph import librbd
-from rbdfs.ceph.aio import Handover, execute
 from rbdfs.ceph.encoding import Reader
-from rbdfs.ceph.encoding import encode_string as encode_string  # noqa: PLC0414  (image.py has it from here)
 from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
 
@@ -117,7 +114,7 @@ def _decode(image: ImageRef, reply: Reply) -> Header:
     what = f"read the header {object_name(image.id)}"
     order, size = struct.unpack("<BQ", reply.answer(0, what))
     if image.snapshot_id is not None:
-        modified_ns = _decode_snapshot(reply.answer(1, what)).created_ns
+        modified_ns = decode_snapshot(reply.answer(1, what)).created_ns
     else:
         result, answer = reply.calls[1]
         modified_ns = Reader(answer).time_ns() if result >= 0 else 0  # made before Mimic, or asked of an OSD of then
@@ -189,10 +186,10 @@ def _decode_snapshots(replies: Iterable[Reply], what: str) -> Iterable[Snapshot]
             raise RbdfsError(f"cannot {what}: {os.strerror(-reply.result)}", -reply.result)
         for number, (result, answer) in enumerate(reply.calls):
             if result != -errno.ENOENT:  # removed meanwhile
-                yield _decode_snapshot(answer if result >= 0 else reply.answer(number, what))
+                yield decode_snapshot(answer if result >= 0 else reply.answer(number, what))
 
 
-def _decode_snapshot(answer: bytes) -> Snapshot:
+def decode_snapshot(answer: bytes) -> Snapshot:
     """A `cls::rbd::SnapshotInfo`."""
     reader = Reader(answer)
     reader.version()
@@ -214,11 +211,3 @@ def _decode_snapshots_of_format_1(answer: bytes) -> list[tuple[Snapshot, int]]:
         snapshot_id, size = reader.u64(), reader.u64()
         found.append((Snapshot(snapshot_id, reader.string(), is_users=True, created_ns=0), size))
     return found
-
-
-async def get_size(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int = HEAD) -> tuple[int, int]:
-    """The size and the object size, in bytes. Raises RbdfsError: ENOENT where the image is gone."""
-    argument = struct.pack("<Q", snapshot_id)
-    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_size", argument)
-    order, size = struct.unpack("<BQ", answer)
-    return size, 1 << order

@@ -5,7 +5,7 @@ import logging
 import struct
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar, TypeVarTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import rados
 import rbd
@@ -14,8 +14,9 @@ import trio
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import header, librbd
 from rbdfs.ceph.aio import Handover, ReadHandle, in_thread, in_thread_to_its_end
-from rbdfs.ceph.changes import GET_LOCK_INFO, Format1Look, HeadLook, Looks, SnapshotLook, locked_by
+from rbdfs.ceph.changes import GET_LOCK_INFO, Format1Look, HeadLook, Look, Looks, SnapshotLook, locked_by
 from rbdfs.ceph.errors import reason_of, translated
+from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
 
@@ -41,6 +42,13 @@ SNAPSHOT_VERSION = 0
 """The write version of what nobody writes to."""
 
 
+class Asks(NamedTuple):
+    """Where an image's header is asked, and how."""
+
+    operations: ReadOperations
+    ioctx: librbd.Ioctx
+
+
 class CephImage:
     """An image or a snapshot that is open in librbd: an `ImageSource` (rbdfs/image/source.py).
 
@@ -53,7 +61,13 @@ class CephImage:
     """
 
     def __init__(
-        self, spec: ImageSpec, image: ImageRef, ioctx: rados.Ioctx, handover: Handover, open_handle: OpenHandle
+        self,
+        spec: ImageSpec,
+        image: ImageRef,
+        ioctx: rados.Ioctx,
+        asks: Asks,
+        handover: Handover,
+        open_handle: OpenHandle,
     ) -> None:
         """To be followed by `_open`; `open` does both. `ioctx` is closed with the image."""
         self.spec = spec
@@ -61,8 +75,9 @@ class CephImage:
         self.is_watched = False
         self._is_read_only = self.is_constant
         self._image = image
-        self._header = f"{image.id}.rbd" if image.format == 1 else header.object_name(image.id)
+        self._header = header.object_of(image)
         self._ioctx = ioctx
+        self._asks = asks
         self._handover = handover
         self._open_handle = open_handle
         self._watch: rados.Watch | None = None
@@ -72,10 +87,16 @@ class CephImage:
 
     @classmethod
     async def open(
-        cls, spec: ImageSpec, image: ImageRef, ioctx: rados.Ioctx, handover: Handover, open_handle: OpenHandle
+        cls,
+        spec: ImageSpec,
+        image: ImageRef,
+        ioctx: rados.Ioctx,
+        asks: Asks,
+        handover: Handover,
+        open_handle: OpenHandle,
     ) -> "CephImage":
         """Open the image by `open_handle(read_only)`, which blocks. `ioctx` is given away. Raises RbdfsError."""
-        opened = cls(spec, image, ioctx, handover, open_handle)
+        opened = cls(spec, image, ioctx, asks, handover, open_handle)
         try:
             features = await opened._features()
             if features & rbd.RBD_FEATURE_JOURNALING:
@@ -98,15 +119,15 @@ class CephImage:
         """Of the image. Raises RbdfsError: EIO where the image has a name and no header."""
         if self._image.format == 1:
             return 0
-        try:
-            return await header.get_features(self._handover, self._ioctx, self._image.id, header.HEAD)
-        except RbdfsError as error:
-            if error.errno != errno.ENOENT:
-                raise RbdfsError(f"cannot open {self.spec}: {error}", error.errno) from error
+        call = Call(b"get_features", struct.pack("<QB", header.HEAD, 1))
+        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, (call,)))
+        if reply.result == -errno.ENOENT:
             raise RbdfsError(
                 f"cannot open {self.spec}: its header object {self._header} is missing; "
                 "the image is broken, or was just removed"
-            ) from error
+            )
+        (features,) = struct.unpack_from("<Q", reply.answer(0, f"open {self.spec}"))
+        return int(features)
 
     async def _open(self) -> None:
         try:
@@ -122,18 +143,19 @@ class CephImage:
 
     async def _hint(self, error: RbdfsError) -> str:
         """What else there is to say of an image that cannot be opened."""
-        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOENT) or self._image.format == 1:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOENT):
             return ""
-        snapshot_id = header.HEAD if self._image.snapshot_id is None else self._image.snapshot_id
         try:
-            parent = await header.get_parent(self._handover, self._ioctx, self._image.id, snapshot_id)
+            reply = await self._asks.operations.ask(header.request(self._asks.ioctx, self._image))
+            parent = header.decode(self._image, reply).parent
         except RbdfsError:
-            parent = None
+            return ""
         if parent is None:
             return ""
+        where = f"image {parent.image.id} of pool {parent.image.namespace.pool.id}"
         if error.errno == errno.ENOENT:
-            return f"; it is a clone: is its parent, image {parent.image_id} of pool {parent.pool_id}, still there?"
-        return f"; it is a clone: the key must also be allowed to read its parent, in pool {parent.pool_id}"
+            return f"; it is a clone: is its parent, {where}, still there?"
+        return f"; it is a clone: the key must be allowed to read its parent as well, {where}"
 
     def _open_and_look(self) -> tuple[ReadHandle, librbd.ImageInfo]:
         if not self._is_read_only:
@@ -165,19 +187,20 @@ class CephImage:
             log.info("%s: the image cannot be watched (%s), so nothing holds off its removal", self.spec, error)
 
     async def _begin_to_look(self, features: int) -> None:
-        spec, image, ioctx = self.spec, self._image, self._ioctx
-        self._looks: Looks
-        if image.format == 1:
-            format_1 = Format1Look(spec, image, ioctx, self.size)
-            format_1.watchers = self._watchers
-            self._looks = Looks(format_1)
+        operations, ioctx = self._asks
+        look: Look
+        if self._image.format == 1:
+            look = Format1Look(self.spec, self._image, operations, ioctx, self._watchers)
         elif self.is_constant:
-            self._looks = Looks(SnapshotLook(spec, image, self._handover, ioctx, self.size, features))
+            look = SnapshotLook(self.spec, self._image, operations, ioctx, size=self.size, features=features)
         else:
-            head = HeadLook(spec, image.id, self._handover, ioctx, features)
-            head.watchers = self._watchers
-            head.follows_migration = not self._is_read_only
-            self._looks = Looks(head)
+            follows = not self._is_read_only
+            look = HeadLook(
+                *(self.spec, self._image, operations, ioctx, self._watchers),
+                features=features,
+                follows_migration=follows,
+            )
+        self._looks = Looks(look)
         await self._looks.begin()
 
     async def _watchers(self) -> frozenset[int]:
@@ -294,10 +317,12 @@ class CephImage:
         await self._close_handle(stale)
 
     async def _flags(self) -> int:
+        """As the header has them now. Raises RbdfsError."""
         if self._image.format == 1:
             return 0
-        snapshot_id = header.HEAD if self._image.snapshot_id is None else self._image.snapshot_id
-        return await header.get_flags(self._handover, self._ioctx, self._image.id, snapshot_id)
+        call = Call(b"get_flags", struct.pack("<Q", header.snapshot_id_of(self._image)))
+        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, (call,)))
+        return int.from_bytes(reply.answer(0, f"ask for the flags of {self.spec}"), "little")
 
     async def extents_window(self) -> int:
         """See `ImageSource.extents_window`.

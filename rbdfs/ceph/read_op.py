@@ -8,7 +8,6 @@ fast. The completions come over the thread boundary as `aio` describes it, by ca
 import ctypes
 import errno
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import partial
@@ -18,12 +17,12 @@ import trio
 
 from rbdfs.ceph import librbd
 from rbdfs.ceph.aio import Handover
+from rbdfs.ceph.errors import reason_of
 from rbdfs.errors import RbdfsError
 
 OPERATIONS_AT_ONCE: Final = 512
 """Beyond 1,024, less what image reads have in flight, librados blocks the caller, here with the GIL held."""
 
-_RBD_CLASS: Final = b"rbd"
 _FAILOK: Final = 2  # LIBRADOS_OP_FLAG_FAILOK: what comes after a call that fails is done all the same
 
 
@@ -68,10 +67,11 @@ _buffer_free = _bind("rados_buffer_free", None, c_void_p)
 
 
 class Call(NamedTuple):
-    """A method of the object class `rbd`, and its encoded argument."""
+    """A method of an object class, and its encoded argument."""
 
     method: bytes
     argument: bytes = b""
+    object_class: bytes = b"rbd"
 
 
 class Request(NamedTuple):
@@ -99,7 +99,7 @@ class Reply(NamedTuple):
         """The answer of a call. Raises RbdfsError with its errno, or with that of the whole operation."""
         result, answer = self.calls[number] if self.result >= 0 else (self.result, b"")
         if result < 0:
-            raise RbdfsError(f"cannot {what}: {os.strerror(-result)}", -result)
+            raise RbdfsError(f"cannot {what}: {reason_of(-result)}", -result)
         return answer
 
 
@@ -117,10 +117,10 @@ class _Operation:
         self._read = _ReadResult()
         self._data = ctypes.create_string_buffer(request.read_bytes) if request.read_bytes else None
         place = ctypes.addressof(self._calls)
-        for method, argument in request.calls:
+        for method, argument, object_class in request.calls:
             _exec(
                 self.handle,
-                _RBD_CLASS,
+                object_class,
                 method,
                 argument,
                 len(argument),
