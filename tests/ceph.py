@@ -114,9 +114,9 @@ class Ceph:
         command = ("rbd", "export", "--no-progress", f"rbd/{name}", "-")
         return subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120).stdout
 
-    def watchers(self, name: str) -> list[str]:
+    def watchers(self, name: str, pool: str = "rbd") -> list[str]:
         """Who watches an image's header."""
-        status = json.loads(self.run("rbd", "status", f"rbd/{name}", "--format", "json"))
+        status = json.loads(self.run("rbd", "status", f"{pool}/{name}", "--format", "json"))
         return [watcher["address"] for watcher in status.get("watchers", [])]
 
     def make_key(self, name: str, *caps: str) -> Path:

@@ -173,7 +173,19 @@ class Cluster:
                 return CallbackImage(ioctx, image, self._handover, read_only=read_only)
             return EventImage(read_ioctx, image, read_only=read_only)
 
-        return await CephImage.open(spec, image, ioctx, Asks(self._operations, read_ioctx), self._handover, open_handle)
+        try:
+            return await CephImage.open(
+                spec, image, ioctx, Asks(self._operations, read_ioctx), self._handover, open_handle
+            )
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.
+                raise RbdfsError(
+                    f"cannot open {spec}: the image is broken, its header object {header.object_of(image)} is missing; "
+                    f"restore it, or remove what is left with: rbd rm {spec}",
+                    errno.EIO,
+                ) from error
+            raise
 
     def _open_to_ask(self, image: ImageRef) -> rbd.Image:
         """Blocks; raises rbd's errors."""
@@ -251,7 +263,13 @@ class Cluster:
         """For the caller to close."""
         with translated(f"open pool {pool_id}"):
             ioctx = self._rados.open_ioctx2(pool_id)
-            ioctx.set_namespace(namespace)
+            try:
+                ioctx.set_namespace(namespace)
+            except UnicodeEncodeError:  # Ceph's binding takes a str, and encodes it strictly
+                ioctx.close()
+                raise RbdfsError(
+                    f"images of namespace {namespace!r} cannot be opened: its name is not UTF-8", errno.EILSEQ
+                ) from None
             return ioctx
 
     def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx:

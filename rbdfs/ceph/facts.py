@@ -53,10 +53,14 @@ class FactsReader:
         """See `Catalog.facts`."""
         found = (await self._batch([image]))[image]
         if isinstance(found, RbdfsError):
-            if found.errno in _BROKEN and await self._still_named([image]):
+            if found.errno in _BROKEN and await self.is_broken(image):
                 return BROKEN
             raise found
         return found
+
+    async def is_broken(self, image: ImageRef) -> bool:
+        """Whether an image without a header has a name all the same. Raises RbdfsError."""
+        return bool(await self._still_named([image]))
 
     async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
         """See `Catalog.facts_of_all`."""

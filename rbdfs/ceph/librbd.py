@@ -183,7 +183,7 @@ class Cluster:
         handle = c_void_p()
         _check(_rados_ioctx_create2(self._handle, pool_id, byref(handle)), f"cannot use pool {pool_id}")
         if namespace:
-            _rados_ioctx_set_namespace(handle, namespace.encode())
+            _rados_ioctx_set_namespace(handle, namespace.encode(errors="surrogateescape"))
         return Ioctx(handle)
 
     def shutdown(self) -> None:
