@@ -88,7 +88,7 @@ class Catalog(Protocol):
         """One of them by name: ENOENT if there is none."""
 
     async def facts(self, image: ImageRef) -> ImageFacts:
-        """ENOENT if the image is gone. One that is broken, named by its pool but without a header, is empty."""
+        """ENOENT if the image is gone. One that is broken, named by its pool but without a header, has a byte."""
 
     async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
         """The facts of many images, asked for at once. Those that are gone are left out; None is for those that the

@@ -56,10 +56,13 @@ class AttributeReader:
         self._ioctx_of = ioctx_of
         self._pool_name = pool_name
         self._open_image = open_image
-        self._facts: dict[str, Fact] = {
+        self._known: dict[str, Fact] = {
             "id": _known(lambda image: image.id),
             "pool": _known(lambda image: image.namespace.pool.name),
             "namespace": _known(lambda image: image.namespace.name),
+        }
+        self._facts: dict[str, Fact] = {
+            **self._known,
             "features": self._answer(b"get_features", _features, as_of_snapshot=True, argument=_FOR_READING),
             "flags": self._answer(b"get_flags", _flags, as_of_snapshot=True),
             "object_size": self._object_size,
@@ -94,7 +97,13 @@ class AttributeReader:
 
     async def names(self, image: ImageRef) -> list[str]:
         """See `Catalog.attribute_names`."""
-        keys = [] if image.format == 1 else await self._metadata_keys(image)
+        try:
+            keys = [] if image.format == 1 else await self._metadata_keys(image)
+        except RbdfsError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # There is no header. Not an error: the newest ls asks each file for the names of its attributes.
+            return list(self._known)
         return [*self._facts_of(image), *(META + key for key in keys)]
 
     async def value(self, image: ImageRef, name: str) -> str:
