@@ -136,6 +136,17 @@ def test_attributes_are_what_the_rbd_command_says(
     assert attributes(file.with_name("rich@after a\nshrink"))["parent_overlap"] == str(3 * MIB)
 
 
+def test_a_value_that_is_too_long_for_an_attribute_is_e2big(ceph: Ceph, mount: Mount) -> None:
+    name = ceph.unique("long")
+    ceph.make_image(name, b"x")
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as image:
+        image.metadata_set("longest", "x" * 65536)
+        image.metadata_set("too long", "x" * 65537)
+    assert os.getxattr(mount.image(name), "user.rbd.meta.longest") == b"x" * 65536
+    with pytest.raises(OSError, match="Argument list too long"):
+        os.getxattr(mount.image(name), "user.rbd.meta.too long")
+
+
 def test_a_plain_image_has_empty_attributes_for_what_it_has_not(ceph: Ceph, mount: Mount) -> None:
     name = ceph.unique("plain")
     ceph.make_image(name, b"x", stripe_count=0)
