@@ -7,13 +7,12 @@ of them costs one wake-up of the trio thread. Image data comes by events (measur
 where that cannot be had; the few answers of object classes always come by callbacks.
 """
 
-import inspect
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple
+from typing import Generic, Protocol, TypeVar
 
 import rados
 import rbd
@@ -22,32 +21,15 @@ import trio
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
 from rbdfs.ceph.errors import errno_of, translated
+from rbdfs.threads import in_thread as in_thread  # noqa: PLC0414  (for all of ceph/)
+from rbdfs.threads import in_thread_to_its_end as in_thread_to_its_end  # noqa: PLC0414
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 Deliver = Callable[[int, bytes], None]
 """Takes a read's result, a count of bytes or a negative errno, and the buffer that holds them."""
-
-# trio 0.23 gave the option a new name, and warns of the old one.
-_OPTIONS = inspect.signature(trio.to_thread.run_sync).parameters
-_ABANDON: dict[str, Any] = {"abandon_on_cancel" if "abandon_on_cancel" in _OPTIONS else "cancellable": True}
-
-
-async def in_thread(function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Call a blocking function of Ceph's bindings (they release the GIL) in a worker thread.
-
-    A cancel abandons the thread: the call goes on, and its result is dropped. What a result must not be dropped of
-    (an image that was opened) is called with `in_thread_to_its_end`.
-    """
-    return await trio.to_thread.run_sync(partial(function, *args), **_ABANDON)
-
-
-async def in_thread_to_its_end(function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """As `in_thread`, but a cancel waits for the call to end."""
-    return await trio.to_thread.run_sync(partial(function, *args))
 
 
 class Handover:

@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import directory, header, librbd
+from rbdfs.ceph import clients, directory, header, librbd
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -163,6 +163,19 @@ class Cluster:
             stats = await in_thread(self._rados.get_cluster_stats)
         return Usage(total=stats["kb"] * KIB, available=stats["kb_avail"] * KIB)
 
+    @property
+    def fsid(self) -> str:
+        """The cluster's id, which no other has."""
+        return str(self._rados.get_fsid())
+
+    def setting(self, name: str) -> str:
+        """An option of Ceph's configuration, as it is for us."""
+        return str(self._rados.conf_get(name))
+
+    async def writers(self, image: ImageRef) -> list[str]:
+        """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
+        return await in_thread(clients.writers, self._ioctx(image.namespace), image)
+
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
@@ -174,9 +187,8 @@ class Cluster:
             return EventImage(read_ioctx, image, read_only=read_only)
 
         try:
-            return await CephImage.open(
-                spec, image, ioctx, Asks(self._operations, read_ioctx), self._handover, open_handle
-            )
+            asks = Asks(self._operations, read_ioctx)
+            return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
         except RbdfsError as error:
             if error.errno == errno.ENOENT and await self._facts.is_broken(image):
                 # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.

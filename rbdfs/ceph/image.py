@@ -342,11 +342,26 @@ class CephImage:
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ImageSource.extents`: `rbd_diff_iterate2` from the beginning of time, by whole objects."""
         with translated(f"ask where {self.spec} holds data"):
-            found = await self._blocking(self._handle.extents, offset, length)
+            found = await self._list_extents(offset, length)
         # What was removed is no hole.
         if await self._looks.settled_size() < offset + length:
             raise BeyondEndError(f"cannot ask where {self.spec} holds data: it was shrunk meanwhile")
         return found
+
+    async def _list_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """By a handle that is open read-only.
+
+        Before it lists, librbd flushes what was written, and for that takes the exclusive lock of an image that is open
+        for writing: away from the VM that has it (seen with 16.2).
+        """
+        if self._is_read_only:
+            return await self._blocking(self._handle.extents, offset, length)
+        handle = await in_thread_to_its_end(self._open_handle, True)
+        try:
+            return await in_thread_to_its_end(handle.extents, offset, length)
+        finally:
+            with trio.CancelScope(shield=True):
+                await handle.aclose()
 
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`.
