@@ -82,10 +82,13 @@ def pool(names: tuple[str, Mapping[str, bytes]], mounts: Mounts) -> Pool:
     return Pool(mount.path / name, exported)
 
 
-def run(*command: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def run(
+    *command: object, status: int = 0, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
     """Run a program, which must end with this exit status."""
     words = [os.fspath(word) if isinstance(word, Path) else str(word) for word in command]
-    done = subprocess.run(words, env=os.environ | environment, capture_output=True, timeout=120, check=False)
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, timeout=120, check=False)
     assert done.returncode == status, done
     return done
 
@@ -124,18 +127,13 @@ def test_tar_archives_each_image_and_fails_for_the_broken_one(
 
 
 def test_restic_backs_up_each_image_and_fails_for_the_broken_one(pool: Pool, tmp_path: Path) -> None:
-    repository = {"RESTIC_REPOSITORY": str(tmp_path / "repository"), "RESTIC_PASSWORD": "secret"}
-    cache = {"RESTIC_CACHE_DIR": str(tmp_path / "cache")}
-    run("restic", "init", **repository, **cache)
-    done = subprocess.run(
-        ["restic", "backup", "."],
-        cwd=pool.path,
-        env=os.environ | repository | cache,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 3, done
+    environment = {
+        "RESTIC_REPOSITORY": str(tmp_path / "repository"),
+        "RESTIC_PASSWORD": "secret",
+        "RESTIC_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    run("restic", "init", environment=environment)
+    done = run("restic", "backup", ".", folder=pool.path, status=3, environment=environment)
     assert BROKEN.encode() in done.stderr
-    run("restic", "restore", "latest", "--target", tmp_path / "copy", **repository, **cache)
+    run("restic", "restore", "latest", "--target", tmp_path / "copy", environment=environment)
     assert contents(tmp_path / "copy") == pool.exported
