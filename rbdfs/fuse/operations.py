@@ -190,7 +190,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
 
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """A fact of an image. `ls -l` asks each file for attributes that none has here: the cluster is not."""
+        """A fact of an image. Of what `ls -l` wants to know (security.selinux, system.posix_acl_access) the cluster is
+        not asked, and after ENOTSUP `ls` asks no other file. After ENOSYS the kernel would ask for no attribute."""
+        if not name.startswith(b"user."):
+            raise pyfuse3.FUSEError(errno.ENOTSUP)
         node = self._tree.node(inode)
         if not isinstance(node, ImageFile) or not name.startswith(XATTR_PREFIX):
             raise pyfuse3.FUSEError(errno.ENODATA)
