@@ -82,7 +82,10 @@ class Catalog(Protocol):
         """One image by name: ENOENT if there is none."""
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
-        """The snapshots that users made of an image, by name, the oldest first: ENOENT if the image is gone."""
+        """The snapshots that users made of an image, by name, the oldest first: ENOENT if the image is gone.
+
+        Of a broken image there are none.
+        """
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
         """One of them by name: ENOENT if there is none."""

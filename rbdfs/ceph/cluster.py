@@ -131,7 +131,12 @@ class Cluster:
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """See `Catalog.snapshots`."""
-        found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        try:
+            found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                return {}
+            raise
         return {each.name: replace(image, snapshot_id=each.id) for each in found if each.is_users}
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
@@ -186,18 +191,17 @@ class Cluster:
                 return CallbackImage(ioctx, image, self._handover, read_only=read_only)
             return EventImage(read_ioctx, image, read_only=read_only)
 
+        asks = Asks(self._operations, read_ioctx)
         try:
-            asks = Asks(self._operations, read_ioctx)
             return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
         except RbdfsError as error:
-            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
-                # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.
-                raise RbdfsError(
-                    f"cannot open {spec}: the image is broken, its header object {header.object_of(image)} is missing; "
-                    f"restore it, or remove what is left with: rbd rm {spec}",
-                    errno.EIO,
-                ) from error
-            raise
+            if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
+                raise
+            # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, and are content.
+            raise RbdfsError(
+                f"{error}; its pool names the image, but part of its header {header.object_of(image)} is missing",
+                errno.EIO,
+            ) from error
 
     def _open_to_ask(self, image: ImageRef) -> rbd.Image:
         """Blocks; raises rbd's errors."""
