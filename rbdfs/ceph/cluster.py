@@ -186,10 +186,10 @@ class Cluster:
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
         read_ioctx = self._read_ioctx(image.namespace)
 
-        def open_handle(read_only: bool) -> ReadHandle:
+        def open_handle() -> ReadHandle:
             if not self._by_events:
-                return CallbackImage(ioctx, image, self._handover, read_only=read_only)
-            return EventImage(read_ioctx, image, read_only=read_only)
+                return CallbackImage(ioctx, image, self._handover)
+            return EventImage(read_ioctx, image)
 
         asks = Asks(self._operations, read_ioctx)
         try:
@@ -205,7 +205,7 @@ class Cluster:
 
     def _open_to_ask(self, image: ImageRef) -> rbd.Image:
         """Blocks; raises rbd's errors."""
-        return open_in_librbd(self._ioctx(image.namespace), image, read_only=True)
+        return open_in_librbd(self._ioctx(image.namespace), image)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
