@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import clients, directory, header, librbd
+from rbdfs.ceph import allocation, clients, directory, header, librbd, placement
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -180,6 +180,21 @@ class Cluster:
     async def writers(self, image: ImageRef) -> list[str]:
         """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
         return await in_thread(clients.writers, self._ioctx(image.namespace), image)
+
+    async def allocation(self, image: ImageRef, offset: int, length: int | None) -> allocation.Allocation:
+        """Where a range of an image lies, to its end without a length. Raises RbdfsError."""
+        return await in_thread(allocation.allocation, self._ioctx(image.namespace), image, offset, length)
+
+    async def pool_name(self, pool_id: int) -> str:
+        """What a pool is called now. Raises RbdfsError."""
+        with translated(f"look for pool {pool_id}"):
+            return str(await in_thread(self._rados.pool_reverse_lookup, pool_id))
+
+    async def placements(
+        self, pool_id: int, namespace: str, object_names: Iterable[str]
+    ) -> Mapping[str, tuple[str, list[int]]]:
+        """Of objects in a pool, present or not, the placement group and its acting OSDs. Raises RbdfsError."""
+        return await in_thread(placement.placements, self._rados, pool_id, namespace, set(object_names))
 
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
