@@ -124,7 +124,7 @@ def test_a_broken_image_is_listed_and_fails_alone_with_a_line_that_says_why(ceph
                 targets = [folder / name for name in sorted(ids)]
             done = subprocess.run([*command.split(), *targets], check=True, capture_output=True, text=True)
             assert done.stderr == ""
-        assert done.stdout.split() == ["7", "0", "0"]
+        assert done.stdout.split() == ["7", "1", "1"]
         assert (folder / "fine").read_bytes() == b"content"
         assert os.listdir(folder / ".snap" / "fine") == []
         mount.expect("ERROR")

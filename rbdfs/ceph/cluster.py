@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 import rados
+import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import clients, directory, header, librbd
+from rbdfs.ceph import allocation, clients, directory, header, librbd, placement
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -20,7 +21,9 @@ from rbdfs.ceph.aio import (
     ReadHandle,
     in_thread,
     in_thread_to_its_end,
+    open_in_librbd,
 )
+from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
@@ -49,6 +52,9 @@ class Cluster:
         self._by_events = True
         self._operations = ReadOperations(handover)
         self._facts = FactsReader(self._operations, self._read_ioctx)
+        self._attributes = AttributeReader(
+            self._operations, self._read_ioctx, connection.pool_reverse_lookup, self._open_to_ask
+        )
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -148,6 +154,14 @@ class Cluster:
         """See `Catalog.facts_of_all`."""
         return await self._facts.facts_of_all(images)
 
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """See `Catalog.attribute_names`."""
+        return await self._attributes.names(image)
+
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """See `Catalog.attribute`."""
+        return await self._attributes.value(image, name)
+
     async def usage(self) -> Usage:
         """See `Catalog.usage`."""
         with translated("ask how full the cluster is"):
@@ -166,6 +180,21 @@ class Cluster:
     async def writers(self, image: ImageRef) -> list[str]:
         """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
         return await in_thread(clients.writers, self._ioctx(image.namespace), image)
+
+    async def allocation(self, image: ImageRef, offset: int, length: int | None) -> allocation.Allocation:
+        """Where a range of an image lies, to its end without a length. Raises RbdfsError."""
+        return await in_thread(allocation.allocation, self._ioctx(image.namespace), image, offset, length)
+
+    async def pool_name(self, pool_id: int) -> str:
+        """What a pool is called now. Raises RbdfsError."""
+        with translated(f"look for pool {pool_id}"):
+            return str(await in_thread(self._rados.pool_reverse_lookup, pool_id))
+
+    async def placements(
+        self, pool_id: int, namespace: str, object_names: Iterable[str]
+    ) -> Mapping[str, tuple[str, list[int]]]:
+        """Of objects in a pool, present or not, the placement group and its acting OSDs. Raises RbdfsError."""
+        return await in_thread(placement.placements, self._rados, pool_id, namespace, set(object_names))
 
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
@@ -188,6 +217,10 @@ class Cluster:
                 f"{error}; its pool names the image, but part of its header {header.object_of(image)} is missing",
                 errno.EIO,
             ) from error
+
+    def _open_to_ask(self, image: ImageRef) -> rbd.Image:
+        """Blocks; raises rbd's errors."""
+        return open_in_librbd(self._ioctx(image.namespace), image)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
