@@ -150,7 +150,9 @@ def _add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "mount",
         help="show the images of a cluster as files",
-        description="Mount a cluster's images, read-only: MOUNTPOINT/POOL/IMAGE. Returns when the mount is usable, "
+        description="Mount a cluster's images, read-only: MOUNTPOINT/POOL/IMAGE, or POOL/NAMESPACE/IMAGE. A "
+        "snapshot is IMAGE@SNAPSHOT, and listed in the hidden directory .snap/IMAGE/ beside its image. Returns when "
+        "the mount is usable, "
         "then serves in the background until 'umount MOUNTPOINT' ('fusermount3 -u MOUNTPOINT' without root).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

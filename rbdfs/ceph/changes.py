@@ -81,14 +81,11 @@ class HeadLook:
         watchers: Watchers,
         *,
         features: int,
-        follows_migration: bool,
     ) -> None:
-        """`follows_migration`: whether librbd is told when a migration of the image ends."""
         self._spec = spec
         self._operations = operations
         self._watchers = watchers
         self._features = features
-        self._follows_migration = follows_migration
         head = struct.pack("<Q", header.HEAD)
         calls = (
             Call(b"get_size", head),
@@ -112,7 +109,7 @@ class HeadLook:
             of_directory.answer(0, what)
         except RbdfsError as error:
             raise _stale(self._spec) if error.errno == errno.ENOENT else error from error
-        if (features ^ self._features) & rbd.RBD_FEATURE_MIGRATING and not self._follows_migration:
+        if (features ^ self._features) & rbd.RBD_FEATURE_MIGRATING:
             raise StaleError(f"{self._spec} was migrated while it was open: open it again")
         self._features = features
         return Seen(size, lockers if has_lock else writers)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import rados
+import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
@@ -20,7 +21,9 @@ from rbdfs.ceph.aio import (
     ReadHandle,
     in_thread,
     in_thread_to_its_end,
+    open_in_librbd,
 )
+from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
@@ -49,6 +52,9 @@ class Cluster:
         self._by_events = True
         self._operations = ReadOperations(handover)
         self._facts = FactsReader(self._operations, self._read_ioctx)
+        self._attributes = AttributeReader(
+            self._operations, self._read_ioctx, connection.pool_reverse_lookup, self._open_to_ask
+        )
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -125,7 +131,12 @@ class Cluster:
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """See `Catalog.snapshots`."""
-        found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        try:
+            found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                return {}
+            raise
         return {each.name: replace(image, snapshot_id=each.id) for each in found if each.is_users}
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
@@ -142,6 +153,14 @@ class Cluster:
     async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
         """See `Catalog.facts_of_all`."""
         return await self._facts.facts_of_all(images)
+
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """See `Catalog.attribute_names`."""
+        return await self._attributes.names(image)
+
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """See `Catalog.attribute`."""
+        return await self._attributes.value(image, name)
 
     async def usage(self) -> Usage:
         """See `Catalog.usage`."""
@@ -182,12 +201,26 @@ class Cluster:
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
         read_ioctx = self._read_ioctx(image.namespace)
 
-        def open_handle(read_only: bool) -> ReadHandle:
+        def open_handle() -> ReadHandle:
             if not self._by_events:
-                return CallbackImage(ioctx, image, self._handover, read_only=read_only)
-            return EventImage(read_ioctx, image, read_only=read_only)
+                return CallbackImage(ioctx, image, self._handover)
+            return EventImage(read_ioctx, image)
 
-        return await CephImage.open(spec, image, ioctx, Asks(self._operations, read_ioctx), self._handover, open_handle)
+        asks = Asks(self._operations, read_ioctx)
+        try:
+            return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
+        except RbdfsError as error:
+            if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
+                raise
+            # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, and are content.
+            raise RbdfsError(
+                f"{error}; its pool names the image, but part of its header {header.object_of(image)} is missing",
+                errno.EIO,
+            ) from error
+
+    def _open_to_ask(self, image: ImageRef) -> rbd.Image:
+        """Blocks; raises rbd's errors."""
+        return open_in_librbd(self._ioctx(image.namespace), image)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
@@ -261,7 +294,13 @@ class Cluster:
         """For the caller to close."""
         with translated(f"open pool {pool_id}"):
             ioctx = self._rados.open_ioctx2(pool_id)
-            ioctx.set_namespace(namespace)
+            try:
+                ioctx.set_namespace(namespace)
+            except UnicodeEncodeError:  # Ceph's binding takes a str, and encodes it strictly
+                ioctx.close()
+                raise RbdfsError(
+                    f"images of namespace {namespace!r} cannot be opened: its name is not UTF-8", errno.EILSEQ
+                ) from None
             return ioctx
 
     def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx:

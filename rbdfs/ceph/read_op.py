@@ -2,26 +2,31 @@
 
 To stat an image is to ask its header half a dozen things; as calls of their own they are as many round trips. Many
 operations go out at once, and one task waits for all of them: `operate` is what makes `ls -l` of thousands of images
-fast. The completions come over the thread boundary as `aio` describes it, by callbacks.
+fast. What completes comes over the thread boundary as `aio` describes it.
 """
 
 import ctypes
-import errno
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
-from functools import partial
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import trio
 
 from rbdfs.ceph import librbd
-from rbdfs.ceph.aio import Handover
+from rbdfs.ceph.aio import Answer, Handover
+from rbdfs.ceph.encoding import NANOSECONDS
 from rbdfs.ceph.errors import reason_of
 from rbdfs.errors import RbdfsError
+from rbdfs.threads import in_thread
 
 OPERATIONS_AT_ONCE: Final = 512
 """Beyond 1,024, less what image reads have in flight, librados blocks the caller, here with the GIL held."""
+
+MANY: Final = 8
+"""So many operations at once are worth a thread that waits for them."""
 
 _FAILOK: Final = 2  # LIBRADOS_OP_FLAG_FAILOK: what comes after a call that fails is done all the same
 
@@ -42,6 +47,7 @@ _DATA, _LENGTH, _RESULT = (getattr(_CallResult, name).offset for name in ("data"
 _SIZE: Final = ctypes.sizeof(_CallResult)
 
 _Callback = CFUNCTYPE(None, c_void_p, c_void_p)
+_NO_CALLBACK: Final = _Callback()
 _short = ctypes.PyDLL("librados.so.2")  # none of these waits for the cluster; see librbd.py for why they keep the GIL
 
 
@@ -58,12 +64,21 @@ _exec = _bind(
 )
 _stat = _bind("rados_read_op_stat", None, *(c_void_p, c_void_p, c_void_p, c_void_p))
 _read = _bind("rados_read_op_read", None, *(c_void_p, c_uint64, c_size_t, c_void_p, c_void_p, c_void_p))
+_get_values = _bind(
+    "rados_read_op_omap_get_vals_by_keys2", None, *(c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_void_p)
+)
+_next_value = _bind("rados_omap_get_next2", c_int, *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p))
+_end_values = _bind("rados_omap_get_end", None, c_void_p)
 _set_flags = _bind("rados_read_op_set_flags", None, c_void_p, c_int)
 _create_completion = _bind("rados_aio_create_completion2", c_int, c_void_p, _Callback, POINTER(c_void_p))
 _operate = _bind("rados_aio_read_op_operate", c_int, c_void_p, c_void_p, c_void_p, c_char_p, c_int)
 _return_value = _bind("rados_aio_get_return_value", c_int, c_void_p)
 _release = _bind("rados_aio_release", None, c_void_p)
+_is_complete = _bind("rados_aio_is_complete", c_int, c_void_p)
 _buffer_free = _bind("rados_buffer_free", None, c_void_p)
+
+_wait_for_complete = ctypes.CDLL("librados.so.2")["rados_aio_wait_for_complete"]  # releases the GIL
+_wait_for_complete.argtypes = (c_void_p,)
 
 
 class Call(NamedTuple):
@@ -80,6 +95,8 @@ class Request(NamedTuple):
     ioctx: librbd.Ioctx
     object_name: str
     calls: Sequence[Call] = ()
+    keys: tuple[bytes, ...] = ()
+    """Which of its omap's values to tell."""
     stat: bool = False
     read_bytes: int = 0
     """How much of its data to read at most, from the beginning."""
@@ -91,6 +108,8 @@ class Reply(NamedTuple):
     result: int
     calls: Sequence[tuple[int, bytes]] = ()
     """Of each call its result, a negative errno if it failed, and its answer."""
+    values: Mapping[bytes, bytes] = MappingProxyType({})
+    """Of the keys that it has."""
     modified_ns: int = 0
     """When the object was last written to, to the second, in nanoseconds since the epoch."""
     data: bytes = b""
@@ -104,56 +123,74 @@ class Reply(NamedTuple):
 
 
 class _Operation:
-    """One message under way, and where librados writes its answers."""
+    """One message, and where librados writes the answers to it."""
 
-    def __init__(self, number: int, request: Request, deliver: Callable[[int, Reply], None]) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.handle = _create_read_op()
-        self.result = 0
-        self._number = number
-        self._deliver = deliver
+        self.completion = c_void_p()
+        self._handle = _create_read_op()
         self._calls = (_CallResult * len(request.calls))()
         self._stat = _StatResult()
         self._read = _ReadResult()
         self._data = ctypes.create_string_buffer(request.read_bytes) if request.read_bytes else None
-        place = ctypes.addressof(self._calls)
+        handle, place = self._handle, ctypes.addressof(self._calls)
         for method, argument, object_class in request.calls:
-            _exec(
-                self.handle,
-                object_class,
-                method,
-                argument,
-                len(argument),
-                place + _DATA,
-                place + _LENGTH,
-                place + _RESULT,
-            )
-            _set_flags(self.handle, _FAILOK)
+            results = place + _DATA, place + _LENGTH, place + _RESULT
+            _exec(handle, object_class, method, argument, len(argument), *results)
+            _set_flags(handle, _FAILOK)
             place += _SIZE
+        self._values = c_void_p()
+        if request.keys:
+            _get_values(handle, *_as_arrays(request.keys), byref(self._values), None)
         if request.stat:
             start = ctypes.addressof(self._stat)
             offsets = (_StatResult.size.offset, _StatResult.seconds.offset, _StatResult.result.offset)
-            _stat(self.handle, *(start + offset for offset in offsets))
+            _stat(handle, *(start + offset for offset in offsets))
         if self._data is not None:
             start = ctypes.addressof(self._read)
             length, result = start + _ReadResult.length.offset, start + _ReadResult.result.offset
-            _read(self.handle, 0, request.read_bytes, self._data, length, result)
+            _read(handle, 0, request.read_bytes, self._data, length, result)
 
-    def finish(self) -> None:
-        """In the trio thread: take librados's answers out of its memory, and deliver them."""
-        _release_read_op(self.handle)
+    def send(self, callback: Callable[..., None] | None, argument: int | None) -> int:
+        """Off it goes. Below 0, an errno, it did not."""
+        _create_completion(argument, callback or _NO_CALLBACK, byref(self.completion))
+        name = self.request.object_name.encode(errors="surrogateescape")
+        return int(_operate(self._handle, self.request.ioctx.pointer, self.completion, name, 0))
+
+    def finish(self, result: int | None = None) -> Reply:
+        """When it has completed, or was not sent (then `result` says why): the answers, out of librados's memory."""
+        if result is None:
+            result = _return_value(self.completion)
+        _release(self.completion)
+        _release_read_op(self._handle)
         calls = []
         for each in self._calls:
             calls.append((each.result, ctypes.string_at(each.data, each.length) if each.data else b""))
             if each.data:
                 _buffer_free(each.data)
         data = self._data.raw[: self._read.length] if self._data is not None else b""
-        self._deliver(self._number, Reply(self.result, calls, self._stat.seconds * 10**9, data))
+        values = _take_values(self._values) if self.request.keys else {}
+        return Reply(result, calls, values, self._stat.seconds * NANOSECONDS, data)
 
 
-_NO_REPLY: Final = Reply(-errno.EIO)
-_under_way: dict[int, _Operation] = {}
-"""By the number that librados gives back; holds on to the memory that it writes into."""
+@lru_cache
+def _as_arrays(keys: tuple[bytes, ...]) -> tuple[object, int, object]:
+    """As C takes them: pointers, how many, lengths."""
+    return (c_char_p * len(keys))(*keys), len(keys), (c_size_t * len(keys))(*map(len, keys))
+
+
+def _take_values(iterator: c_void_p) -> Mapping[bytes, bytes]:
+    key, value, key_length, value_length = c_void_p(), c_void_p(), c_size_t(), c_size_t()
+    results = byref(key), byref(value), byref(key_length), byref(value_length)
+    values = {}
+    while _next_value(iterator, *results) == 0 and key.value:
+        values[ctypes.string_at(key, key_length.value)] = ctypes.string_at(value, value_length.value)
+    _end_values(iterator)
+    return values
+
+
+_under_way: dict[int, Callable[[], None]] = {}
+"""What to call when an operation has completed, by the number that librados gives back; holds on to the operation."""
 _numbers = itertools.count(1)
 
 
@@ -163,59 +200,66 @@ class ReadOperations:
     def __init__(self, handover: Handover) -> None:
         self._handover = handover
         self._in_flight = 0
-        self._one_ended = trio.Event()
-        self._arrived = _Callback(self._on_complete)
+        self._some_ended = trio.Event()
+        self._on_complete = _Callback(self._completed)
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """All at once, OPERATIONS_AT_ONCE at most; the replies are in the order of the requests. Never raises.
+        """All at once; the replies are in the order of the requests. Never raises.
 
-        A cancel abandons what is under way.
+        A cancel abandons what is under way. No more than OPERATIONS_AT_ONCE are in flight, of this and other calls.
         """
         while self._in_flight and self._in_flight + len(requests) > OPERATIONS_AT_ONCE:
-            await self._one_ended.wait()
-        replies: list[Reply] = [_NO_REPLY] * len(requests)
-        left = len(requests)
-        done = trio.Event()
-
-        def deliver(number: int, reply: Reply) -> None:
-            nonlocal left
-            replies[number] = reply
-            left -= 1
-            if not left:
-                done.set()
-
-        for number, request in enumerate(requests):
-            self._send(_Operation(number, request, deliver))
-        if requests:
-            await done.wait()
-        return replies
+            await self._some_ended.wait()
+        if len(requests) < MANY:
+            return [await reply.get() for reply in [self._send_one(request) for request in requests]]
+        return await self._send_many(requests)
 
     async def ask(self, request: Request) -> Reply:
         """One operation alone."""
         return (await self.operate((request,)))[0]
 
-    def _send(self, operation: _Operation) -> None:
-        number = next(_numbers)
-        _under_way[number] = operation
+    def _send_one(self, request: Request) -> Answer[Reply]:
+        """Answered by a callback: no thread has to wait for it."""
+        operation, answer, number = _Operation(request), Answer[Reply](), next(_numbers)
+
+        def end(result: int | None = None) -> None:
+            self._ended(1)
+            answer.give(operation.finish(result))
+
+        _under_way[number] = partial(self._handover.post, end)
         self._in_flight += 1
-        completion = c_void_p()
-        _create_completion(number, self._arrived, byref(completion))
-        request = operation.request
-        name = request.object_name.encode(errors="surrogateescape")
-        result = _operate(operation.handle, request.ioctx.pointer, completion, name, 0)
+        result = operation.send(self._on_complete, number)
         if result < 0:
-            _release(completion)
-            operation.result = result
-            self._handover.post(partial(self._end, number))
+            del _under_way[number]
+            end(result)
+        return answer
 
-    def _on_complete(self, completion: int, number: int) -> None:
+    def _completed(self, _completion: int, number: int) -> None:
         """In a thread of librados: hand over, and leave."""
-        _under_way[number].result = _return_value(completion)
-        _release(completion)
-        self._handover.post(partial(self._end, number))
+        _under_way.pop(number)()
 
-    def _end(self, number: int) -> None:
-        self._in_flight -= 1
-        self._one_ended.set()
-        self._one_ended = trio.Event()
-        _under_way.pop(number).finish()
+    async def _send_many(self, requests: Sequence[Request]) -> Sequence[Reply]:
+        """A thread waits for all of them: a callback each would have the GIL change hands each time."""
+        operations = [_Operation(request) for request in requests]
+        self._in_flight += len(operations)
+        results = [operation.send(None, None) for operation in operations]
+        answer = Answer[Sequence[Reply]]()
+
+        def end() -> None:
+            self._ended(len(operations))
+            finished = zip(operations, results, strict=True)
+            answer.give([each.finish(result if result < 0 else None) for each, result in finished])
+
+        def wait() -> None:
+            for operation, result in zip(operations, results, strict=True):
+                if result >= 0 and not _is_complete(operation.completion):
+                    _wait_for_complete(operation.completion)
+            self._handover.post(end)
+
+        await in_thread(wait)
+        return await answer.get()
+
+    def _ended(self, count: int) -> None:
+        self._in_flight -= count
+        self._some_ended.set()
+        self._some_ended = trio.Event()
