@@ -1,5 +1,6 @@
 """The table of what is measured: each row of the bar, and beside it what else can do the same work."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from tests.benchmarks.measures import (
     listing_is_whole,
     megabytes_per_second,
     nothing,
+    peak_rss_megabytes,
     rbd_bench_megabytes_per_second,
     rbd_du_is_right,
     seconds,
@@ -114,6 +116,9 @@ EXPORT = Contender("rbd export -", "rbd export --no-progress {pool}/{image} -", 
 EXPORT_TO_FILE = Contender(
     "rbd export", "rbd export --no-progress {pool}/{image} {target}", megabytes_per_second, copy_is_whole
 )
+OUR_EXPORT_COMMAND = f"{sys.executable} -m rbdfs export --no-progress {{pool}}/{{image}}"
+OUR_EXPORT = Contender("rbdfs export -", f"{OUR_EXPORT_COMMAND} -", megabytes_per_second)
+OUR_EXPORT_TO_FILE = Contender("rbdfs export", f"{OUR_EXPORT_COMMAND} {{target}}", megabytes_per_second, copy_is_whole)
 QEMU_IMG = Contender(
     "qemu-img convert", "qemu-img convert -O raw rbd:{pool}/{image}:conf={conf} {target}", seconds, copy_is_whole
 )
@@ -256,5 +261,34 @@ CASES: Sequence[Case] = (
         Contender("rbd ls -l", "rbd ls -l {pool}", seconds, listing_is_whole, images=(MANY,)),
         bar=10,
         aim=20,
+    ),
+    Case(
+        "export",
+        "rbdfs export to a file on disk",
+        Unit.RATE,
+        OUR_EXPORT_TO_FILE,
+        EXPORT_TO_FILE,
+        bar=1.0,
+        aim=1.3,
+        context=(replace(QEMU_IMG, figure=megabytes_per_second),),
+    ),
+    Case("export-stdout", "rbdfs export - >/dev/null", Unit.RATE, OUR_EXPORT, EXPORT, bar=0.8, aim=1.0),
+    Case(
+        "export-thin",
+        "rbdfs export of a 100 GiB image that holds 40 MiB",
+        Unit.SECONDS,
+        replace(OUR_EXPORT_TO_FILE, figure=seconds, check=copy_is_thin, images=(THIN,)),
+        replace(EXPORT_TO_FILE, figure=seconds, check=copy_is_thin, images=(THIN,)),
+        bar=30,
+        aim=60,
+    ),
+    Case(
+        "export-rss",
+        "peak RSS of rbdfs export to a file on disk",
+        Unit.MEMORY,
+        replace(OUR_EXPORT_TO_FILE, figure=peak_rss_megabytes),
+        replace(EXPORT_TO_FILE, figure=peak_rss_megabytes),
+        bar=1 / 0.7,
+        aim=2,
     ),
 )

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import select
 import shlex
 import shutil
 import subprocess
@@ -56,6 +57,8 @@ class Run:
     outputs: Sequence[str]
     errors: Sequence[str]
     site: Site
+    peak_rss_bytes: int
+    """Of the command that had the most memory."""
 
     @property
     def image_bytes(self) -> int:
@@ -81,6 +84,11 @@ def seconds(run: Run) -> float:
 def cpu_seconds_per_gb(run: Run) -> float:
     """Of commands and serving process together."""
     return run.cpu_seconds / (run.image_bytes / 1e9)
+
+
+def peak_rss_megabytes(run: Run) -> float:
+    """Of the command itself."""
+    return run.peak_rss_bytes / 1e6
 
 
 def fio_iops(run: Run) -> float:
@@ -277,8 +285,7 @@ def _run(
                     )
                 )
         deadline = started + TIMEOUT_SECONDS
-        for process in processes:
-            process.wait(max(0.0, deadline - time.monotonic()))
+        peak_rss_bytes = max(_wait(process, deadline) for process in processes)
     except subprocess.TimeoutExpired:
         raise PeerError(f"gave up after {TIMEOUT_SECONDS:.0f} s") from None
     finally:
@@ -293,6 +300,7 @@ def _run(
         [(logs / f"{number}.out").read_text() if command[-1] != "-" else "" for number, command in enumerate(commands)],
         [(logs / f"{number}.err").read_text() for number in range(len(commands))],
         site,
+        peak_rss_bytes,
     )
     for process, said, error in zip(processes, run.outputs, run.errors, strict=True):
         if process.returncode != 0:
@@ -300,6 +308,19 @@ def _run(
             reason = error.strip().splitlines()[-1:] or said.strip().splitlines()[:1] or ["no message"]
             raise PeerError(f"exit status {process.returncode}: {reason[0]}")
     return run
+
+
+def _wait(process: subprocess.Popen[str], deadline: float) -> int:
+    """Wait for a command. The most memory that it had, in bytes."""
+    ended = os.pidfd_open(process.pid)
+    try:
+        if not select.select([ended], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise subprocess.TimeoutExpired(process.args, TIMEOUT_SECONDS)
+    finally:
+        os.close(ended)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * 1024
 
 
 def _cpu_seconds(mount: Served | None) -> float:
