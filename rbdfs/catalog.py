@@ -82,13 +82,16 @@ class Catalog(Protocol):
         """One image by name: ENOENT if there is none."""
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
-        """The snapshots that users made of an image, by name, the oldest first: ENOENT if the image is gone."""
+        """The snapshots that users made of an image, by name, the oldest first: ENOENT if the image is gone.
+
+        Of a broken image there are none.
+        """
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
         """One of them by name: ENOENT if there is none."""
 
     async def facts(self, image: ImageRef) -> ImageFacts:
-        """ENOENT if the image is gone. One that is broken, named by its pool but without a header, is empty."""
+        """ENOENT if the image is gone. One that is broken, named by its pool but without a header, has a byte."""
 
     async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
         """The facts of many images, asked for at once. Those that are gone are left out; None is for those that the
@@ -97,6 +100,12 @@ class Catalog(Protocol):
     async def changed_ns(self, namespace: Namespace) -> int | None:
         """When an image of a namespace was last made, renamed or removed, in nanoseconds since the epoch; None if there
         never was any."""
+
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """What `attribute` can be asked of an image or a snapshot: its facts, and `meta.KEY` for its own metadata."""
+
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """One of them, in the words of the `rbd` command: ENODATA if there is none of that name."""
 
     async def usage(self) -> Usage:
         """How full the cluster is."""

@@ -119,18 +119,21 @@ def test_a_broken_image_is_listed_and_fails_alone_with_a_line_that_says_why(ceph
         mount = mounts("--pool", pool)
         folder = mount.path / pool
         for command in ("ls -l", "find", "du", "stat -c %s"):
-            targets = [folder / name for name in sorted(ids)] if command.startswith("stat") else [folder]
+            targets = [folder, folder / ".snap"]
+            if command.startswith("stat"):
+                targets = [folder / name for name in sorted(ids)]
             done = subprocess.run([*command.split(), *targets], check=True, capture_output=True, text=True)
             assert done.stderr == ""
-        assert done.stdout.split() == ["7", "0", "0"]
+        assert done.stdout.split() == ["7", "1", "1"]
         assert (folder / "fine").read_bytes() == b"content"
         assert os.listdir(folder / ".snap" / "fine") == []
         mount.expect("ERROR")
         with pytest.raises(OSError, match="Input/output error"):
             (folder / "no-header").open("rb")
-        assert f"cannot open {pool}/no-header: the image is broken" in mount.log
+        assert f"cannot open {pool}/no-header: its header object rbd_header.{ids['no-header']} is missing" in mount.log
         with pytest.raises(OSError, match="Input/output error"):
             (folder / "no-size").open("rb")
+        assert f"cannot open {pool}/no-size" in mount.log
         copied = subprocess.run(
             ["rsync", "-a", f"{folder}/", f"{folder.parent.parent}/copy"], check=False, capture_output=True
         )

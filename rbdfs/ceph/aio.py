@@ -152,21 +152,27 @@ class EventImage:
             os.close(self._event)
 
 
+def open_in_librbd(ioctx: rados.Ioctx, ref: ImageRef) -> rbd.Image:
+    """An image or a snapshot, read-only, by Ceph's own binding. Blocks; raises its errors."""
+    which = {"name": ref.id} if ref.format == 1 else {"image_id": ref.id}
+    image = rbd.Image(ioctx, read_only=True, **which)
+    if ref.snapshot_id is not None:
+        try:
+            image.set_snap_by_id(ref.snapshot_id)
+        except rbd.Error:
+            image.close()
+            raise
+    return image
+
+
 class CallbackImage:
     """Reads by callbacks of Ceph's own binding."""
 
     def __init__(self, ioctx: rados.Ioctx, image: ImageRef, handover: Handover) -> None:
         """Blocks. Raises RbdfsError."""
         self._handover = handover
-        which = {"name": image.id} if image.format == 1 else {"image_id": image.id}
         with translated(f"open image {image.id}"):
-            self._image = rbd.Image(ioctx, read_only=True, **which)
-            if image.snapshot_id is not None:
-                try:
-                    self._image.set_snap_by_id(image.snapshot_id)
-                except rbd.Error:
-                    self._image.close()
-                    raise
+            self._image = open_in_librbd(ioctx, image)
 
     def start(self) -> None:
         """See `ReadHandle.start`."""

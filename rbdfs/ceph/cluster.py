@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 import rados
+import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import clients, directory, header, librbd
+from rbdfs.ceph import allocation, clients, directory, header, librbd, placement
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -20,7 +21,9 @@ from rbdfs.ceph.aio import (
     ReadHandle,
     in_thread,
     in_thread_to_its_end,
+    open_in_librbd,
 )
+from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
@@ -49,6 +52,9 @@ class Cluster:
         self._by_events = True
         self._operations = ReadOperations(handover)
         self._facts = FactsReader(self._operations, self._read_ioctx)
+        self._attributes = AttributeReader(
+            self._operations, self._read_ioctx, connection.pool_reverse_lookup, self._open_to_ask
+        )
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -125,7 +131,12 @@ class Cluster:
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """See `Catalog.snapshots`."""
-        found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        try:
+            found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                return {}
+            raise
         return {each.name: replace(image, snapshot_id=each.id) for each in found if each.is_users}
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
@@ -142,6 +153,14 @@ class Cluster:
     async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
         """See `Catalog.facts_of_all`."""
         return await self._facts.facts_of_all(images)
+
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """See `Catalog.attribute_names`."""
+        return await self._attributes.names(image)
+
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """See `Catalog.attribute`."""
+        return await self._attributes.value(image, name)
 
     async def usage(self) -> Usage:
         """See `Catalog.usage`."""
@@ -162,6 +181,21 @@ class Cluster:
         """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
         return await in_thread(clients.writers, self._ioctx(image.namespace), image)
 
+    async def allocation(self, image: ImageRef, offset: int, length: int | None) -> allocation.Allocation:
+        """Where a range of an image lies, to its end without a length. Raises RbdfsError."""
+        return await in_thread(allocation.allocation, self._ioctx(image.namespace), image, offset, length)
+
+    async def pool_name(self, pool_id: int) -> str:
+        """What a pool is called now. Raises RbdfsError."""
+        with translated(f"look for pool {pool_id}"):
+            return str(await in_thread(self._rados.pool_reverse_lookup, pool_id))
+
+    async def placements(
+        self, pool_id: int, namespace: str, object_names: Iterable[str]
+    ) -> Mapping[str, tuple[str, list[int]]]:
+        """Of objects in a pool, present or not, the placement group and its acting OSDs. Raises RbdfsError."""
+        return await in_thread(placement.placements, self._rados, pool_id, namespace, set(object_names))
+
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
@@ -172,18 +206,21 @@ class Cluster:
                 return CallbackImage(ioctx, image, self._handover)
             return EventImage(read_ioctx, image)
 
+        asks = Asks(self._operations, read_ioctx)
         try:
-            asks = Asks(self._operations, read_ioctx)
             return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
         except RbdfsError as error:
-            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
-                # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, which is no error to them.
-                raise RbdfsError(
-                    f"cannot open {spec}: the image is broken, its header object {header.object_of(image)} is missing; "
-                    f"restore it, or remove what is left with: rbd rm {spec}",
-                    errno.EIO,
-                ) from error
-            raise
+            if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
+                raise
+            # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, and are content.
+            raise RbdfsError(
+                f"{error}; its pool names the image, but part of its header {header.object_of(image)} is missing",
+                errno.EIO,
+            ) from error
+
+    def _open_to_ask(self, image: ImageRef) -> rbd.Image:
+        """Blocks; raises rbd's errors."""
+        return open_in_librbd(self._ioctx(image.namespace), image)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""

@@ -27,9 +27,9 @@ BATCHES_AT_ONCE = 3
 """One is decoded here while the OSDs answer the others. The object maps of a batch are in memory at a time: 16 KiB for
 each 256 GiB of an image."""
 
-BROKEN = ImageFacts(size=0, used_bytes=0, object_size=1 << 22, modified_ns=0)
+BROKEN = ImageFacts(size=1, used_bytes=1, object_size=1 << 22, modified_ns=0)
 """What is shown of an image that its pool names and that has no header, or none that can be understood. Opening it
-fails."""
+fails; tar archives a file without bytes, or without blocks, without opening it, and so without an error."""
 
 _BROKEN = frozenset({errno.ENOENT, errno.EIO, errno.EINVAL})
 

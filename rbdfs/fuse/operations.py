@@ -37,7 +37,13 @@ BLOCK_BYTES = 4096
 STAT_BLOCK_BYTES = 512
 """The unit of st_blocks, whatever the block size."""
 
-EXPECTED = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS})
+XATTR_PREFIX = b"user.rbd."
+"""Of the names of extended attributes."""
+
+XATTR_NAME_BYTES = 255
+"""What the kernel takes as such a name (XATTR_NAME_MAX)."""
+
+EXPECTED = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS, errno.ENODATA})
 """Errors that a file system answers in everyday use; all others are logged as errors."""
 
 
@@ -181,6 +187,25 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         """The last descriptor of an open() was closed."""
         ref, image = self._files.pop(handle)
         await self._images.close(ref, image)
+
+    @answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """A fact of an image. Of what `ls -l` wants to know (security.selinux, system.posix_acl_access) the cluster is
+        not asked, and after ENOTSUP `ls` asks no other file. After ENOSYS the kernel would ask for no attribute."""
+        if not name.startswith(b"user."):
+            raise pyfuse3.FUSEError(errno.ENOTSUP)
+        node = self._tree.node(inode)
+        if not isinstance(node, ImageFile) or not name.startswith(XATTR_PREFIX):
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return os.fsencode(await self._catalog.attribute(node.ref, os.fsdecode(name.removeprefix(XATTR_PREFIX))))
+
+    @answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """The names of all that can be such a name; a key of the image's own metadata can be too long."""
+        node = self._tree.node(inode)
+        facts = await self._catalog.attribute_names(node.ref) if isinstance(node, ImageFile) else ()
+        names = [XATTR_PREFIX + os.fsencode(fact) for fact in facts]
+        return [name for name in names if len(name) <= XATTR_NAME_BYTES and b"\0" not in name]
 
     @answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
