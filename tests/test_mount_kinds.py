@@ -130,7 +130,8 @@ def test_a_broken_image_is_listed_and_fails_alone_with_a_line_that_says_why(ceph
         mount.expect("ERROR")
         with pytest.raises(OSError, match="Input/output error"):
             (folder / "no-header").open("rb")
-        assert f"cannot open {pool}/no-header: its header object rbd_header.{ids['no-header']} is missing" in mount.log
+        assert f"cannot open {pool}/no-header" in mount.log
+        assert f"rbd_header.{ids['no-header']} is missing" in mount.log
         with pytest.raises(OSError, match="Input/output error"):
             (folder / "no-size").open("rb")
         assert f"cannot open {pool}/no-size" in mount.log
