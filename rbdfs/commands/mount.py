@@ -5,10 +5,9 @@ import logging.handlers
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import trio
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.librbd import keep_freed_memory
+from rbdfs.commands.ending import exit_at_the_latest
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.operations import Operations, Presentation
 from rbdfs.fuse.session import check_mountpoint, mounted, serve
@@ -37,9 +37,6 @@ operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), 
 
 READY = "ready"
 """What the background process says when the mount is usable; anything else is what is wrong."""
-
-STOP_SECONDS = 4.0
-"""How long a stop waits for reads in flight and for images to close, before it ends the process all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
         with mounted(operations, options.mountpoint, options.fuse_options):
             await _until_stopped(partial(serve, operations, options.mountpoint, ready))
     finally:
-        with _exit_at_the_latest(STOP_SECONDS):
+        with exit_at_the_latest(0):
             await images.aclose()
             await cluster.aclose()
 
@@ -100,24 +97,6 @@ async def _until_stopped(serving: Callable[[], Awaitable[None]]) -> None:
             nursery.start_soon(stop_at_signal)
             await serving()
             nursery.cancel_scope.cancel()
-
-
-@contextmanager
-def _exit_at_the_latest(seconds: float) -> Iterator[None]:
-    """Reads that no OSD answers must not keep a stopped mount alive: the file system is unmounted already."""
-
-    def give_up() -> None:
-        log.warning("images could not be closed within %s s; leaving them", seconds)
-        logging.shutdown()
-        os._exit(0)
-
-    deadline = threading.Timer(seconds, give_up)
-    deadline.daemon = True
-    deadline.start()
-    try:
-        yield
-    finally:
-        deadline.cancel()
 
 
 def _in_background(options: MountOptions) -> int:
