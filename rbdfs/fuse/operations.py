@@ -16,9 +16,11 @@ import pyfuse3
 
 from rbdfs.catalog import Catalog, ImageFacts, ImageRef
 from rbdfs.errors import RbdfsError
+from rbdfs.fuse.lowlevel import ReadRequest
 from rbdfs.fuse.tree import Directory, ImageFile, Listed, Node, Tree
 from rbdfs.image.holes import Kind
 from rbdfs.image.image import OpenImage
+from rbdfs.image.object_cache import Span
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.source import Buffer, ImageSource
 from rbdfs.spec import ImageSpec
@@ -153,6 +155,24 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         handle = next(self._handles)
         self._files[handle] = node.ref, image
         return pyfuse3.FileInfo(fh=handle, keep_cache=unchanged, direct_io=self._presentation.direct_io)
+
+    def begin_read(self, request: ReadRequest) -> None:
+        """As `read`, by a call: answered from the cache at once, or by the aio that it waits for."""
+        _, image = self._files[request.handle]
+        image.begin_read(request.offset, request.length, partial(self._end_read, request))
+
+    def _end_read(self, request: ReadRequest, result: Span | RbdfsError | None) -> None:
+        try:
+            if result is None:
+                request.serve(self.read)
+            elif isinstance(result, RbdfsError):
+                log.error("%s", result)
+                request.fail(result.errno)
+            else:
+                request.reply(*result)
+        except Exception:  # a request without an answer is a process that nobody can kill
+            log.exception("a read at %d could not be answered; the process that asked gets EIO", request.offset)
+            request.fail(errno.EIO)
 
     @answered
     async def read(  # type: ignore[override]  # pyfuse3 takes any contiguous buffer, and says bytes

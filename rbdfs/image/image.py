@@ -1,13 +1,14 @@
 """One open file over an image: the read path between a read() of the kernel and an object of the cluster."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError
 from rbdfs.image.holes import HoleMap, Kind
-from rbdfs.image.object_cache import CachedImage, ObjectCache
+from rbdfs.image.object_cache import CachedImage, ObjectCache, Span
 from rbdfs.image.readahead import Readahead
 from rbdfs.image.source import Buffer, ImageSource
 
@@ -70,20 +71,38 @@ class OpenImage:
             return await self._read(offset, length)
 
     async def _read(self, offset: int, length: int) -> Buffer:
-        state = self._state
-        size = state.source.size
+        size = self._state.source.size
         if offset + length > size:
-            size = await state.source.refresh()
+            size = await self._state.source.refresh()
             length = min(length, size - offset)
             if length <= 0:
                 return b""
+        self._read_ahead(offset, length, size)
+        return await self._cache.read(self._state.cached, offset, length)
+
+    def begin_read(self, offset: int, length: int, done: Callable[[Span | RbdfsError | None], None]) -> None:
+        """As `read`, by a call, for reads that need no task: `done` is called once, from here or later.
+
+        It gets the bytes, an error, or None where `read` must answer, since the cluster has to be asked for the size.
+        """
+        state = self._state
+        size = state.source.size
+        if offset + length > size:
+            done(None)
+            return
+        self._read_ahead(offset, length, size)
+        began = trio.current_time()
+
+        def arrived(result: Span | RbdfsError) -> None:
+            self._readahead.on_wait(trio.current_time() - began)
+            done(None if isinstance(result, BeyondEndError) else result)
+
+        self._cache.begin_read(state.cached, offset, length, arrived)
+
+    def _read_ahead(self, offset: int, length: int, size: int) -> None:
         ahead = self._readahead.on_read(offset, length, size, self._share.limit)
         if ahead is not None:
             self._prefetch(*ahead)
-        began = trio.current_time()
-        data = await self._cache.read(state.cached, offset, length)
-        self._readahead.on_wait(trio.current_time() - began)
-        return data
 
     async def seek(self, offset: int, kind: Kind) -> int | None:
         """Where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.
