@@ -30,9 +30,10 @@ from rbdfs.image.throttle import Throttle
 log = logging.getLogger(__name__)
 
 MAX_OPS = 256
-MAX_BYTES = 96 * MIB
-"""What the mount may have in flight towards the cluster: operations, and bytes. librados itself stops at 1,024
-operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and blocks the caller then."""
+MAX_BYTES = 64 * MIB
+"""What the mount may have in flight towards the cluster: operations, and bytes (`rbd export`: 10 objects of 4 MiB).
+librados itself stops at 1,024 operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and blocks
+the caller then."""
 
 READY = "ready"
 """What the background process says when the mount is usable; anything else is what is wrong."""
