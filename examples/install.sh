@@ -20,6 +20,7 @@ from_pypi=()
 packages=(
     python3-rados python3-rbd    # Ceph's own bindings, which are not on PyPI
     python3-pyfuse3 python3-trio
+    python3-tqdm                 # the progress bar of an export
     fuse3                        # fusermount3: to mount without root
     python3-venv
     gcc libc6-dev libfuse3-dev   # for rbdfs/fuse/lowlevel.c, without which holes in images look like data

@@ -30,9 +30,11 @@ class ImageRef:
 
     namespace: Namespace
     id: str
-    """As `rbd info` has it."""
+    """As `rbd info` has it; an image of format 1 has none, and is known by its name."""
     snapshot_id: int | None = None
     """None for HEAD."""
+    format: int = 2
+    """As `rbd info` has it: 1 for what was made before Ceph 0.61 (Cuttlefish) or by RBD_FORCE_ALLOW_V1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class ImageFacts:
     object_size: int
     """Bytes."""
     modified_ns: int
-    """Nanoseconds since the epoch; RBD moves it once a minute at most (`rbd_mtime_update_interval`)."""
+    """Nanoseconds since the epoch; RBD moves it once a minute at most (`rbd_mtime_update_interval`). Of a snapshot,
+    when it was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +69,43 @@ class Catalog(Protocol):
     async def pool(self, name: str) -> Pool:
         """One of them by name: ENOENT if there is none, EACCES if the key may not read it."""
 
+    async def namespaces(self, pool: Pool) -> list[Namespace]:
+        """The namespaces of a pool without the default one, by name."""
+
+    async def namespace(self, pool: Pool, name: str) -> Namespace:
+        """One of them by name: ENOENT if there is none."""
+
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """All images of a namespace, by name."""
 
     async def image(self, namespace: Namespace, name: str) -> ImageRef:
         """One image by name: ENOENT if there is none."""
 
-    async def facts(self, image: ImageRef) -> ImageFacts:
-        """ENOENT if the image is gone."""
+    async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
+        """The snapshots that users made of an image, by name, the oldest first: ENOENT if the image is gone.
 
-    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts]:
-        """The facts of many images, asked for at once; those that are gone or broken are left out."""
+        Of a broken image there are none.
+        """
+
+    async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
+        """One of them by name: ENOENT if there is none."""
+
+    async def facts(self, image: ImageRef) -> ImageFacts:
+        """ENOENT if the image is gone. One that is broken, named by its pool but without a header, has a byte."""
+
+    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
+        """The facts of many images, asked for at once. Those that are gone are left out; None is for those that the
+        cluster could not tell of."""
+
+    async def changed_ns(self, namespace: Namespace) -> int | None:
+        """When an image of a namespace was last made, renamed or removed, in nanoseconds since the epoch; None if there
+        never was any."""
+
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """What `attribute` can be asked of an image or a snapshot: its facts, and `meta.KEY` for its own metadata."""
+
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """One of them, in the words of the `rbd` command: ENODATA if there is none of that name."""
 
     async def usage(self) -> Usage:
         """How full the cluster is."""

@@ -1,6 +1,7 @@
 """The command line: argv → typed options → a command; exit codes and one-line errors."""
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ EXIT_INTERRUPTED = 130
 
 DEBIAN_PACKAGES = {
     "pyfuse3": "python3-pyfuse3",
+    "tqdm": "python3-tqdm",
     "trio": "python3-trio",
     "rados": "python3-rados",
     "rbd": "python3-rbd",
@@ -33,6 +35,12 @@ DEBIAN_PACKAGES = {
 
 EPILOG = """\
 exit status: 0 success, 1 the command failed (one line on stderr says why), 2 wrong usage, 130 interrupted
+"""
+
+
+EXPORT_EPILOG = """\
+exit status: 0 the copy is whole and on the disk, 1 it failed (one line on stderr says why, and at which offset),
+2 wrong usage, 128+N stopped by signal N (130 Ctrl-C, 143 SIGTERM)
 """
 
 
@@ -81,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rbdfs {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_mount(commands)
+    _add_export(commands)
     _add_devcluster(commands)
     return parser
 
@@ -136,7 +145,9 @@ def _add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "mount",
         help="show the images of a cluster as files",
-        description="Mount a cluster's images, read-only: MOUNTPOINT/POOL/IMAGE. Returns when the mount is usable, "
+        description="Mount a cluster's images, read-only: MOUNTPOINT/POOL/IMAGE, or POOL/NAMESPACE/IMAGE. A "
+        "snapshot is IMAGE@SNAPSHOT, and listed in the hidden directory .snap/IMAGE/ beside its image. Returns when "
+        "the mount is usable, "
         "then serves in the background until 'umount MOUNTPOINT' ('fusermount3 -u MOUNTPOINT' without root).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -224,6 +235,67 @@ def _take_mount_options(parser: argparse.ArgumentParser, options: argparse.Names
         if unknown:
             fuse_options.add(option)
     return frozenset(fuse_options)
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="copy an image to a file or a pipe, without a mount",
+        description="Copy an image or a snapshot to a new file, PATH.partial until it is whole; holes stay holes.",
+        epilog=EXPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("image", metavar="IMAGE-SPEC", help="[POOL/[NAMESPACE/]]IMAGE[@SNAPSHOT]")
+    parser.add_argument("path", metavar="PATH", help="a file that is not there yet; - is standard output")
+    parser.add_argument(
+        "--force", action="store_true", help="write over a file or block device that is there: what it held is lost"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue PATH.partial, of an export of the same snapshot that did not end, after a look at what is in it",
+    )
+    parser.add_argument(
+        "--concurrency",
+        metavar="N",
+        type=_positive,
+        help="reads in flight, each of up to 4M [rbd_concurrent_management_ops: 10]; each takes 8M of memory",
+    )
+    parser.add_argument(
+        "--limit-rate",
+        metavar="SIZE",
+        type=_rate,
+        help="read no more than this from the cluster in a second: 100M [no limit]",
+    )
+    parser.add_argument(
+        "--checksum",
+        metavar="NAME",
+        type=_digest,
+        help="print a digest of the whole image, holes included: sha256, or another that hashlib knows; "
+        "on stderr where the image goes to stdout",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="only tell what is wrong")
+    _add_cluster_options(parser)
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rbdfs.commands.export import ExportOptions, export  # noqa: PLC0415  (needs trio, rados, rbd and tqdm)
+
+    return export(
+        ExportOptions(
+            cluster=_cluster_options(options),
+            image=options.image,
+            path=None if options.path == "-" else Path(options.path),
+            force=options.force,
+            resume=options.resume,
+            concurrency=options.concurrency,
+            bytes_per_second=options.limit_rate,
+            checksum=options.checksum,
+            progress=not options.no_progress,
+        )
+    )
 
 
 def _add_devcluster(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -332,3 +404,22 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text} is not a size; write 0, 512M, 2G")
     number, unit = match.groups()
     return int(number) << (10 * " KMGT".index(unit.upper() or " "))
+
+
+def _rate(text: str) -> int:
+    """Bytes in a second, more than none; a trailing /s is understood."""
+    rate = _size(text.removesuffix("/s"))
+    if not rate:
+        raise argparse.ArgumentTypeError(f"{text} would never end")
+    return rate
+
+
+def _digest(text: str) -> str:
+    """A digest of a fixed length, by hashlib's name."""
+    try:
+        known = hashlib.new(text).digest_size > 0
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"no such digest: {text}; there are sha256, sha512, blake2b, md5 and others")
+    return text

@@ -45,3 +45,7 @@ class BeyondEndError(ReadError):
 
 class StaleError(RbdfsError):
     """The image or snapshot behind an open file is gone; what could be read of it would be zeros."""
+
+
+class TargetError(RbdfsError):
+    """What an image is copied to cannot be made, or not be written."""

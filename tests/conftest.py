@@ -18,6 +18,11 @@ HUNG_SECONDS = 120.0
 """No test uses its mount for longer."""
 
 
+def pytest_configure() -> None:
+    """A SIGTERM, as of `timeout`, ends the run as Ctrl-C does: with Ceph and the mounts taken down."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[Ceph]:
     """A real single-node Ceph, brought up once."""

@@ -31,6 +31,8 @@ class FakeSource:
     version: int | None = 1
     closed: bool = False
     gone: bool = False
+    is_constant: bool = False
+    extents_asked: int = 0
     aios: list[Aio] = field(default_factory=list)
     held: list[Aio] = field(default_factory=list)
     size: int = 0
@@ -71,6 +73,15 @@ class FakeSource:
         for aio in due:
             aio.complete()
 
+    def heed(self) -> None:
+        """See `ImageSource.heed`."""
+        if self.gone:
+            raise StaleError("the image is gone")
+
+    async def verify(self) -> None:
+        """See `ImageSource.verify`."""
+        self.heed()
+
     async def refresh(self) -> int:
         """See `ImageSource.refresh`."""
         if self.gone:
@@ -84,6 +95,7 @@ class FakeSource:
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ImageSource.extents`: objects with a byte that is not zero. Not for stripes."""
+        self.extents_asked += 1
         starts = range(offset - offset % self.object_size, offset + length, self.object_size)
         return [(start, self.object_size) for start in starts if any(self.content[start : start + self.object_size])]
 

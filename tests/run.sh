@@ -2,24 +2,61 @@
 # All that must hold, in one command: format, lint, types, and the tests against a real Ceph and real mounts, with the
 # pyfuse3 and trio of Debian 12 as well as with the newest. Installs what is missing.
 #
+# The two runs of the tests go side by side, since both wait more than they compute: each has a Ceph of its own. What
+# the second one says is shown when the first has ended.
+#
 #   sudo ./tests/run.sh [PYTEST-ARGUMENT...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(ceph-mon ceph-mgr ceph-osd ceph-common e2fsprogs mount rsync)
+packages=(attr ceph-mon ceph-mgr ceph-osd ceph-common e2fsprogs mount restic rsync)
 examples/install.sh --venv .venv-newest --test --newest "${packages[@]}"
 examples/install.sh --venv .venv-debian --test "${packages[@]}"
 
 failed=()
-check() {
+aside=""
+said=$(mktemp)
+
+# A job in the background ignores Ctrl-C, and pytest is to end by it in good order; tests send it to children, too.
+interruptible=(env --default-signal=INT)
+
+show() {
     printf '\n$ %s\n' "$*"
-    env --default-signal=INT "$@" || failed+=("$*") # a job in the background ignores Ctrl-C; tests send it to children
 }
+
+check() {
+    show "$@"
+    "${interruptible[@]}" "$@" || failed+=("$*")
+}
+
+# What runs aside takes its Ceph and its mounts down before it ends. Ctrl-C has reached it by itself, and a second one
+# would keep it from that.
+finish() {
+    local status=$?
+    trap '' INT TERM HUP
+    if [[ -n $aside ]]; then
+        ((status == 130)) || kill -INT "$aside" 2>/dev/null || true
+        wait "$aside" || true
+    fi
+    rm -f "$said"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+newest=(.venv-newest/bin/python -m pytest -o cache_dir=.pytest_cache/newest "$@")
+"${interruptible[@]}" "${newest[@]}" >"$said" 2>&1 &
+aside=$!
+
 check .venv-newest/bin/python -m ruff format --check
 check .venv-newest/bin/python -m ruff check
 check .venv-newest/bin/python -m mypy # there, because only the newest pyfuse3 and trio have types
 check .venv-debian/bin/python -m pytest "$@"
-check .venv-newest/bin/python -m pytest "$@"
+
+show "${newest[@]}"
+wait "$aside" || failed+=("${newest[*]}")
+aside=""
+cat "$said"
 
 ((${#failed[@]} == 0)) || printf 'failed: %s\n' "${failed[@]}" >&2
 exit $((${#failed[@]} > 0))

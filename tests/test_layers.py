@@ -5,16 +5,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rbdfs"
 
-NOUNS = {"errors", "spec", "catalog"}
+NOUNS = {"errors", "spec", "catalog", "threads"}
 MAY_IMPORT = {
     "cli": {"commands", "fuse", "ceph", "devcluster", *NOUNS},
-    "commands": {"commands", "fuse", "image", "ceph", "devcluster", *NOUNS},
+    "commands": {"commands", "fuse", "image", "target", "ceph", "devcluster", *NOUNS},
     "fuse": {"fuse", "image", *NOUNS},
     "image": {"image", *NOUNS},
+    "target": {"target", *NOUNS},
     "ceph": {"ceph", *NOUNS},
     "devcluster": {"devcluster", *NOUNS},
     "catalog": set(),
-    "spec": set(),
+    "spec": {"errors"},
+    "threads": set(),
     "errors": set(),
 }
 ONLY_IN = {"pyfuse3": {"fuse"}, "rados": {"ceph"}, "rbd": {"ceph"}, "argparse": {"cli"}}

@@ -30,7 +30,7 @@ def images(ceph: Ceph) -> dict[str, bytes]:
         name = f"objects-{object_size}"
         contents[name] = random_bytes(40 * MIB + 7 if object_size > 64 * KIB else 2 * MIB + 7, seed=object_size)
         ceph.make_image(name, contents[name], object_size)
-    contents["striped"] = random_bytes(20 * MIB + 7, seed=5)
+    contents["striped"] = random_bytes(6 * MIB + 7, seed=5)  # a whole object set of 5 MiB, and a piece of the next
     ceph.make_image("striped", contents["striped"], MIB, stripe_unit=64 * KIB, stripe_count=5)
     return contents
 
@@ -98,7 +98,7 @@ def test_mmap_gives_the_bytes(images: dict[str, bytes], mount: Mount) -> None:
 
 
 def test_eight_readers_at_once_get_their_bytes(images: dict[str, bytes], mount: Mount) -> None:
-    name = f"size-{200 * MIB + 7}"
+    name = f"objects-{MIB}"
 
     def digest(_: int) -> str:
         return output("sha256sum", str(mount.image(name))).split()[0].decode()

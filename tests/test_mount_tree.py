@@ -71,7 +71,7 @@ def test_what_is_not_there_is_enoent(mount: Mount) -> None:
 
 def test_a_pool_without_the_application_rbd_is_not_there(ceph: Ceph, mount: Mount) -> None:
     pool = ceph.unique("plain")
-    ceph.run("ceph", "osd", "pool", "create", pool, "8")
+    ceph.tell_mon("osd pool create", pool=pool, pg_num=8)
     try:
         assert pool not in os.listdir(mount.path)
         assert not (mount.path / pool).exists()

@@ -7,48 +7,29 @@ of them costs one wake-up of the trio thread. Image data comes by events (measur
 where that cannot be had; the few answers of object classes always come by callbacks.
 """
 
-import errno
-import inspect
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple
+from typing import Generic, Protocol, TypeVar
 
 import rados
 import rbd
 import trio
 
+from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
 from rbdfs.ceph.errors import errno_of, translated
-from rbdfs.errors import RbdfsError
+from rbdfs.threads import in_thread as in_thread  # noqa: PLC0414  (for all of ceph/)
+from rbdfs.threads import in_thread_to_its_end as in_thread_to_its_end  # noqa: PLC0414
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 Deliver = Callable[[int, bytes], None]
 """Takes a read's result, a count of bytes or a negative errno, and the buffer that holds them."""
-
-# trio 0.23 gave the option a new name, and warns of the old one.
-_OPTIONS = inspect.signature(trio.to_thread.run_sync).parameters
-_ABANDON: dict[str, Any] = {"abandon_on_cancel" if "abandon_on_cancel" in _OPTIONS else "cancellable": True}
-
-
-async def in_thread(function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Call a blocking function of Ceph's bindings (they release the GIL) in a worker thread.
-
-    A cancel abandons the thread: the call goes on, and its result is dropped. What a result must not be dropped of
-    (an image that was opened) is called with `in_thread_to_its_end`.
-    """
-    return await trio.to_thread.run_sync(partial(function, *args), **_ABANDON)
-
-
-async def in_thread_to_its_end(function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """As `in_thread`, but a cancel waits for the call to end."""
-    return await trio.to_thread.run_sync(partial(function, *args))
 
 
 class Handover:
@@ -98,33 +79,6 @@ class Answer(Generic[T]):
         return self._values[0]
 
 
-async def execute(
-    handover: Handover,
-    ioctx: rados.Ioctx,
-    object_name: str,
-    object_class: str,
-    method: str,
-    argument: bytes = b"",
-    answer_bytes: int = 8192,
-) -> bytes:
-    """Call a method of an object class on its object (`rados_aio_exec`): its answer, `answer_bytes` at most.
-
-    Raises RbdfsError with the method's errno: ENOENT where the object is not there, EPERM where the key may not.
-    """
-    answer: Answer[tuple[int, bytes | None]] = Answer()
-
-    def arrived(completion: rados.Completion, data: bytes | None) -> None:
-        handover.post(partial(answer.give, (completion.get_return_value(), data)))
-
-    with translated(f"call {object_class}.{method} on {object_name}"):
-        ioctx.aio_execute(object_name, object_class, method, argument, answer_bytes, arrived)
-    result, data = await answer.get()
-    if result < 0 or data is None:
-        reason = os.strerror(-result)
-        raise RbdfsError(f"cannot call {object_class}.{method} on {object_name}: {reason}", -result or errno.EIO)
-    return data
-
-
 class ReadHandle(Protocol):
     """An image that is open in librbd, whichever way its completions come. All but `aio_read` blocks."""
 
@@ -140,6 +94,9 @@ class ReadHandle(Protocol):
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Where a range holds data, the parent's included: (image offset, length) pairs of whole objects."""
 
+    def watchers(self) -> frozenset[int]:
+        """The clients that watch the image's header, by their ids."""
+
     async def aclose(self) -> None:
         """Close. No read may be in flight. Raises RbdfsError."""
 
@@ -147,17 +104,18 @@ class ReadHandle(Protocol):
 class EventImage:
     """Reads by librbd's event API."""
 
-    def __init__(self, ioctx: librbd.Ioctx, image_id: str, *, read_only: bool) -> None:
+    def __init__(self, ioctx: librbd.Ioctx, image: ImageRef, *, read_only: bool) -> None:
         """Blocks. Raises RbdfsError."""
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             self._image: librbd.Image[tuple[Deliver, bytes]] = ioctx.open_image(
-                self._event, image_id, read_only=read_only
+                self._event, image.id, snap_id=image.snapshot_id, read_only=read_only, by_name=image.format == 1
             )
         except BaseException:
             os.close(self._event)
             raise
         self.info = self._image.info
+        self.watchers = self._image.watchers
         self._dispatching = trio.CancelScope()
 
     def start(self) -> None:
@@ -194,14 +152,27 @@ class EventImage:
             os.close(self._event)
 
 
+def open_in_librbd(ioctx: rados.Ioctx, ref: ImageRef, *, read_only: bool) -> rbd.Image:
+    """An image or a snapshot, by Ceph's own binding. Blocks; raises its errors."""
+    which = {"name": ref.id} if ref.format == 1 else {"image_id": ref.id}
+    image = rbd.Image(ioctx, read_only=read_only, **which)
+    if ref.snapshot_id is not None:
+        try:
+            image.set_snap_by_id(ref.snapshot_id)
+        except rbd.Error:
+            image.close()
+            raise
+    return image
+
+
 class CallbackImage:
     """Reads by callbacks of Ceph's own binding."""
 
-    def __init__(self, ioctx: rados.Ioctx, image_id: str, handover: Handover, *, read_only: bool) -> None:
+    def __init__(self, ioctx: rados.Ioctx, image: ImageRef, handover: Handover, *, read_only: bool) -> None:
         """Blocks. Raises RbdfsError."""
         self._handover = handover
-        with translated(f"open image {image_id}"):
-            self._image = rbd.Image(ioctx, image_id=image_id, read_only=read_only)
+        with translated(f"open image {image.id}"):
+            self._image = open_in_librbd(ioctx, image, read_only=read_only)
 
     def start(self) -> None:
         """See `ReadHandle.start`."""
@@ -240,6 +211,11 @@ class CallbackImage:
                 offset, length, None, lambda start, count, _exists: found.append((start, count)), True, True
             )
         return found
+
+    def watchers(self) -> frozenset[int]:
+        """See `ReadHandle.watchers`."""
+        with translated("list who watches an image"):
+            return frozenset(watcher["id"] for watcher in self._image.watchers_list())
 
     async def aclose(self) -> None:
         """See `ReadHandle.aclose`."""

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import rados
@@ -11,20 +12,23 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import header, librbd, object_map
+from rbdfs.ceph import clients, directory, header, librbd
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
     EventImage,
     Handover,
     ReadHandle,
-    execute,
     in_thread,
     in_thread_to_its_end,
+    open_in_librbd,
 )
+from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
-from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.facts import FactsReader
+from rbdfs.ceph.image import Asks, CephImage
+from rbdfs.ceph.read_op import ReadOperations
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
 
@@ -32,8 +36,6 @@ log = logging.getLogger(__name__)
 
 RBD_APPLICATION = "rbd"
 KIB = 1024
-FACTS_AT_ONCE = 64
-"""Images that are asked for their facts at a time; more did not list 2,000 images sooner."""
 
 
 class Cluster:
@@ -44,9 +46,15 @@ class Cluster:
         self._name = name
         self._handover = handover
         self._only_pools = only_pools
-        self._ioctxs: dict[tuple[int, str], rados.Ioctx] = {}
-        self._reads: librbd.Cluster | None = None
-        self._read_ioctxs: dict[tuple[int, str], librbd.Ioctx] = {}
+        self._ioctxs: dict[Namespace, rados.Ioctx] = {}
+        self._reads: librbd.Cluster
+        self._read_ioctxs: dict[Namespace, librbd.Ioctx] = {}
+        self._by_events = True
+        self._operations = ReadOperations(handover)
+        self._facts = FactsReader(self._operations, self._read_ioctx)
+        self._attributes = AttributeReader(
+            self._operations, self._read_ioctx, connection.pool_reverse_lookup, self._open_to_ask
+        )
 
     @classmethod
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
@@ -56,15 +64,15 @@ class Cluster:
         """
         client = await in_thread(connect, options)
         cluster = cls(client, options.name, Handover(), frozenset(only_pools))
+        cluster._by_events = options.events
         try:
+            cluster._reads = await in_thread_to_its_end(connect_for_reads, client, options)
             with trio.move_on_after(options.connect_timeout) as waiting:
                 await cluster._check_rights()
             if waiting.cancelled_caught:
                 raise ConnectError(
                     f"the monitors answer, but no OSD did within {options.connect_timeout} s: see 'ceph health detail'"
                 )
-            if options.events:
-                await cluster._connect_for_reads(options)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await cluster.aclose()
@@ -97,50 +105,62 @@ class Cluster:
                 raise RbdfsError(f"{self._name} may not read pool {name}", errno.EACCES)
         raise RbdfsError(f"there is no pool {name} with the application rbd", errno.ENOENT)
 
+    async def namespaces(self, pool: Pool) -> list[Namespace]:
+        """See `Catalog.namespaces`."""
+        names = await directory.namespaces(self._operations, self._read_ioctx(Namespace(pool)))
+        return [Namespace(pool, name) for name in sorted(names)]
+
+    async def namespace(self, pool: Pool, name: str) -> Namespace:
+        """See `Catalog.namespace`."""
+        namespace = Namespace(pool, name)
+        if namespace in await self.namespaces(pool):
+            return namespace
+        raise RbdfsError(f"there is no image and no namespace {namespace}", errno.ENOENT)
+
+    async def changed_ns(self, namespace: Namespace) -> int | None:
+        """See `Catalog.changed_ns`."""
+        return await directory.changed_ns(self._operations, self._read_ioctx(namespace))
+
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """See `Catalog.image_names`."""
-        ioctx = self._ioctx(namespace)
-        with translated(f"list the images of {namespace}"):
-            images = await in_thread(lambda: list(rbd.RBD().list2(ioctx)))
-        return {image["name"]: ImageRef(namespace, image["id"]) for image in images if image["id"]}
+        return await directory.image_names(self._operations, self._read_ioctx(namespace), namespace)
 
     async def image(self, namespace: Namespace, name: str) -> ImageRef:
         """See `Catalog.image`."""
-        answer = await execute(
-            self._handover, self._ioctx(namespace), "rbd_directory", "rbd", "dir_get_id", header.encode_string(name)
-        )
-        return ImageRef(namespace, header.decode_string(answer))
+        return await directory.image(self._operations, self._read_ioctx(namespace), namespace, name)
+
+    async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
+        """See `Catalog.snapshots`."""
+        try:
+            found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+                return {}
+            raise
+        return {each.name: replace(image, snapshot_id=each.id) for each in found if each.is_users}
+
+    async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
+        """See `Catalog.snapshot`."""
+        snapshots = await self.snapshots(image)
+        if name not in snapshots:
+            raise RbdfsError(f"image {image.id} of {image.namespace} has no snapshot {name}", errno.ENOENT)
+        return snapshots[name]
 
     async def facts(self, image: ImageRef) -> ImageFacts:
         """See `Catalog.facts`."""
-        ioctx = self._ioctx(image.namespace)
-        size, object_size = await header.get_size(self._handover, ioctx, image.id)
-        modified_ns = await header.get_modify_timestamp(self._handover, ioctx, image.id)
-        mapped = object_map.MappedImage(image.namespace.pool.id, image.namespace.name, image.id, size, object_size)
-        held = await object_map.held_objects(self._handover, self._ioctx_by_id, mapped)
-        return ImageFacts(
-            size=size,
-            used_bytes=size if held is None else min(size, held.count * object_size),
-            object_size=object_size,
-            modified_ns=modified_ns,
-        )
+        return await self._facts.facts(image)
 
-    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts]:
+    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
         """See `Catalog.facts_of_all`."""
-        facts: dict[ImageRef, ImageFacts] = {}
-        waiting = iter(images)
+        return await self._facts.facts_of_all(images)
 
-        async def ask() -> None:
-            for image in waiting:
-                try:
-                    facts[image] = await self.facts(image)
-                except RbdfsError as error:
-                    log.debug("image %s of %s is left out: %s", image.id, image.namespace, error)
+    async def attribute_names(self, image: ImageRef) -> list[str]:
+        """See `Catalog.attribute_names`."""
+        return await self._attributes.names(image)
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(FACTS_AT_ONCE):
-                nursery.start_soon(ask)
-        return facts
+    async def attribute(self, image: ImageRef, name: str) -> str:
+        """See `Catalog.attribute`."""
+        return await self._attributes.value(image, name)
 
     async def usage(self) -> Usage:
         """See `Catalog.usage`."""
@@ -148,17 +168,44 @@ class Cluster:
             stats = await in_thread(self._rados.get_cluster_stats)
         return Usage(total=stats["kb"] * KIB, available=stats["kb_avail"] * KIB)
 
+    @property
+    def fsid(self) -> str:
+        """The cluster's id, which no other has."""
+        return str(self._rados.get_fsid())
+
+    def setting(self, name: str) -> str:
+        """An option of Ceph's configuration, as it is for us."""
+        return str(self._rados.conf_get(name))
+
+    async def writers(self, image: ImageRef) -> list[str]:
+        """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
+        return await in_thread(clients.writers, self._ioctx(image.namespace), image)
+
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
         read_ioctx = self._read_ioctx(image.namespace)
 
         def open_handle(read_only: bool) -> ReadHandle:
-            if read_ioctx is None:
-                return CallbackImage(ioctx, image.id, self._handover, read_only=read_only)
-            return EventImage(read_ioctx, image.id, read_only=read_only)
+            if not self._by_events:
+                return CallbackImage(ioctx, image, self._handover, read_only=read_only)
+            return EventImage(read_ioctx, image, read_only=read_only)
 
-        return await CephImage.open(spec, image.id, ioctx, self._handover, open_handle)
+        asks = Asks(self._operations, read_ioctx)
+        try:
+            return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
+        except RbdfsError as error:
+            if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
+                raise
+            # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, and are content.
+            raise RbdfsError(
+                f"{error}; its pool names the image, but part of its header {header.object_of(image)} is missing",
+                errno.EIO,
+            ) from error
+
+    def _open_to_ask(self, image: ImageRef) -> rbd.Image:
+        """Blocks; raises rbd's errors."""
+        return open_in_librbd(self._ioctx(image.namespace), image, read_only=True)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
@@ -167,7 +214,7 @@ class Cluster:
     def _shutdown(self) -> None:
         for read_ioctx in self._read_ioctxs.values():
             read_ioctx.destroy()
-        if self._reads is not None:
+        if hasattr(self, "_reads"):
             self._reads.shutdown()
         for ioctx in self._ioctxs.values():
             ioctx.close()
@@ -208,12 +255,6 @@ class Cluster:
             return False
         raise RbdfsError(f"cannot read pool {pool.name}: {os.strerror(-result)}", -result)
 
-    async def _connect_for_reads(self, options: ClusterOptions) -> None:
-        try:
-            self._reads = await in_thread_to_its_end(connect_for_reads, self._rados, options)
-        except ConnectError as error:
-            log.warning("image data comes by callbacks, which are slower for small reads: %s", error)
-
     async def _check_rights(self) -> None:
         """Raise ConnectError where nothing could be shown, or a pool that was asked for could not."""
         pools = await self._all_pools()
@@ -230,24 +271,25 @@ class Cluster:
             log.warning("there is no pool with the application rbd, so there is nothing to show yet")
 
     def _ioctx(self, namespace: Namespace) -> rados.Ioctx:
-        return self._ioctx_by_id(namespace.pool.id, namespace.name)
-
-    def _ioctx_by_id(self, pool_id: int, namespace: str) -> rados.Ioctx:
-        key = (pool_id, namespace)
-        if key not in self._ioctxs:
-            self._ioctxs[key] = self._open_ioctx(pool_id, namespace)
-        return self._ioctxs[key]
+        if namespace not in self._ioctxs:
+            self._ioctxs[namespace] = self._open_ioctx(namespace.pool.id, namespace.name)
+        return self._ioctxs[namespace]
 
     def _open_ioctx(self, pool_id: int, namespace: str) -> rados.Ioctx:
         """For the caller to close."""
         with translated(f"open pool {pool_id}"):
             ioctx = self._rados.open_ioctx2(pool_id)
-            ioctx.set_namespace(namespace)
+            try:
+                ioctx.set_namespace(namespace)
+            except UnicodeEncodeError:  # Ceph's binding takes a str, and encodes it strictly
+                ioctx.close()
+                raise RbdfsError(
+                    f"images of namespace {namespace!r} cannot be opened: its name is not UTF-8", errno.EILSEQ
+                ) from None
             return ioctx
 
-    def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx | None:
-        """For the event API; None where reads go by callbacks."""
-        key = (namespace.pool.id, namespace.name)
-        if self._reads is not None and key not in self._read_ioctxs:
-            self._read_ioctxs[key] = self._reads.open_ioctx(*key)
-        return self._read_ioctxs.get(key)
+    def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx:
+        """For what Ceph's own bindings lack: image data by events, and read operations."""
+        if namespace not in self._read_ioctxs:
+            self._read_ioctxs[namespace] = self._reads.open_ioctx(namespace.pool.id, namespace.name)
+        return self._read_ioctxs[namespace]

@@ -80,6 +80,8 @@ def _settings(client: rados.Rados, options: ClusterOptions) -> dict[str, str]:
         "rbd_cache": "false",
         # Reads of a mount that promises not to write must not write access timestamps either.
         "rbd_atime_update_interval": "0",
+        # Nor must they copy a parent's objects up into a clone.
+        "rbd_clone_copy_on_read": "false",
     }
     if options.keyring is not None:
         settings["keyring"] = str(options.keyring)

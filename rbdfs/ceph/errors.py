@@ -19,6 +19,13 @@ def errno_of(error: Exception) -> int:
     return abs(number) if isinstance(number, int) and number else errno.EIO
 
 
+def reason_of(number: int) -> str:
+    """An errno of Ceph's in words."""
+    if number == errno.ESHUTDOWN:  # EBLOCKLISTED
+        return "the cluster has blocklisted this client (see 'ceph osd blocklist ls')"
+    return os.strerror(number)
+
+
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
     """Turn errors of the bindings into `cannot <doing>: <reason>`, with their errno."""
@@ -26,4 +33,4 @@ def translated(doing: str) -> Iterator[None]:
         yield
     except _FAMILIES as error:
         number = errno_of(error)
-        raise RbdfsError(f"cannot {doing}: {os.strerror(number)}", number) from error
+        raise RbdfsError(f"cannot {doing}: {reason_of(number)}", number) from error

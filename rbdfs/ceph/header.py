@@ -1,33 +1,36 @@
-"""The facts that an image's header object holds, asked for without opening the image: one round trip each.
+"""What an image's header object holds, asked for without opening the image: all of it in one round trip.
 
-The methods are those of Ceph's object class `rbd` (src/cls/rbd/cls_rbd.cc); cls_rbd_client.cc encodes them so.
+The methods are those of Ceph's object class `rbd` (src/cls/rbd/cls_rbd.cc); cls_rbd_client.cc encodes them so. An image
+of format 1 has its header in the object's data (`rbd_obj_header_ondisk` in src/include/rbd_types.h), and fewer facts.
 """
 
 import errno
+import os
 import struct
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
 
-import rados
+import rbd
 
-from rbdfs.ceph.aio import Handover, execute
+from rbdfs.catalog import ImageRef, Namespace, Pool
+from rbdfs.ceph import librbd
+from rbdfs.ceph.encoding import Reader
+from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
 
-HEAD = 2**64 - 2
+HEAD: Final = 2**64 - 2
 """The snapshot id of what is no snapshot (CEPH_NOSNAP)."""
 
-_NANOSECONDS = 10**9
+USER_SNAPSHOT: Final = 0
+"""The namespace of a snapshot that a user made (`SNAPSHOT_NAMESPACE_TYPE_USER`)."""
 
+FORMAT_1_TEXT: Final = b"<<< Rados Block Device Image >>>\n"
+"""What a header of format 1 begins with."""
 
-def encode_string(text: str) -> bytes:
-    """A string as Ceph encodes it: 32 bits of length, then the bytes."""
-    data = text.encode(errors="surrogateescape")
-    return struct.pack("<I", len(data)) + data
-
-
-def decode_string(data: bytes) -> str:
-    """The string that stands at the start of `data`."""
-    (length,) = struct.unpack_from("<I", data)
-    return data[4 : 4 + length].decode(errors="surrogateescape")
+_FORMAT_1: Final = struct.Struct("<76xB3xQ24x")
+_FORMAT_1_BYTES: Final = _FORMAT_1.size
+_SNAPSHOTS_A_REQUEST: Final = 64
 
 
 def object_name(image_id: str) -> str:
@@ -35,54 +38,176 @@ def object_name(image_id: str) -> str:
     return f"rbd_header.{image_id}"
 
 
-async def get_size(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int = HEAD) -> tuple[int, int]:
-    """The size and the object size, in bytes. Raises RbdfsError: ENOENT where the image is gone."""
-    argument = struct.pack("<Q", snapshot_id)
-    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_size", argument)
-    order, size = struct.unpack("<BQ", answer)
-    return size, 1 << order
+def object_of(image: ImageRef) -> str:
+    """The header object of an image of any format."""
+    return f"{image.id}.rbd" if image.format == 1 else object_name(image.id)
 
 
-async def get_modify_timestamp(handover: Handover, ioctx: rados.Ioctx, image_id: str) -> int:
-    """Nanoseconds since the epoch; 0 for an image made before Ceph kept them (Mimic)."""
-    try:
-        answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_modify_timestamp")
-    except RbdfsError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-            return 0
-        raise
-    seconds, nanoseconds = struct.unpack("<II", answer)
-    return int(seconds) * _NANOSECONDS + int(nanoseconds)
+def snapshot_id_of(image: ImageRef) -> int:
+    """As Ceph has it, also of HEAD."""
+    return HEAD if image.snapshot_id is None else image.snapshot_id
 
 
-async def get_features(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> int:
-    """The features, as `rbd.RBD_FEATURE_*`."""
-    argument = struct.pack("<QB", snapshot_id, 1)
-    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_features", argument)
-    return int.from_bytes(answer[:8], "little")
-
-
-async def get_flags(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> int:
-    """What of an image is not to be believed, as `rbd.RBD_FLAG_*`."""
-    argument = struct.pack("<Q", snapshot_id)
-    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_flags", argument)
-    return int.from_bytes(answer, "little")
-
-
-class Parent(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Parent:
     """The snapshot that a clone was made of; the first `overlap` bytes of it show through."""
 
-    pool_id: int
-    image_id: str
-    snapshot_id: int
+    image: ImageRef
     overlap: int
 
 
-async def get_parent(handover: Handover, ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> Parent | None:
-    """None for what is no clone. Raises RbdfsError, also for a parent in another namespace (EXDEV)."""
-    argument = struct.pack("<Q", snapshot_id)
-    answer = await execute(handover, ioctx, object_name(image_id), "rbd", "get_parent", argument)
-    (pool_id,) = struct.unpack_from("<q", answer)
-    parent_id = decode_string(answer[8:])
-    parent_snapshot, overlap = struct.unpack_from("<QQ", answer, 8 + 4 + len(parent_id))
-    return Parent(pool_id, parent_id, parent_snapshot, overlap) if pool_id >= 0 else None
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Of an image, or of a snapshot of it. Sizes in bytes, times in nanoseconds since the epoch, 0 if there is none."""
+
+    size: int
+    object_size: int
+    modified_ns: int
+    """Of a snapshot, when it was made. Of an image of format 1, when its header last changed."""
+    map_is_valid: bool = False
+    """There is an object map, and it can be believed if it was loaded before this was asked."""
+    parent: Parent | None = None
+    """None also where it is not known; then the map is not valid either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot, as the header has it."""
+
+    id: int
+    name: str
+    is_users: bool
+    """Made by a user: not by a group, for mirroring, or one that is kept in the trash for its clones."""
+    created_ns: int
+    """Nanoseconds since the epoch; 0 for one that was made before Ceph kept them (Mimic)."""
+
+
+def request(ioctx: librbd.Ioctx, image: ImageRef) -> Request:
+    """What `decode` takes the reply to."""
+    if image.format == 1:
+        calls = [Call(b"snap_list")] if image.snapshot_id is not None else []
+        return Request(ioctx, object_of(image), calls, stat=True, read_bytes=_FORMAT_1_BYTES)
+    snapshot = struct.pack("<Q", snapshot_id_of(image))
+    return Request(
+        ioctx,
+        object_name(image.id),
+        (
+            Call(b"get_size", snapshot),
+            Call(b"get_modify_timestamp") if image.snapshot_id is None else Call(b"snapshot_get", snapshot),
+            Call(b"get_features", snapshot + b"\1"),
+            Call(b"get_flags", snapshot),
+            Call(b"parent_get"),
+            Call(b"parent_overlap_get", snapshot),
+        ),
+    )
+
+
+def decode(image: ImageRef, reply: Reply) -> Header:
+    """Raises RbdfsError: ENOENT where the image or the snapshot is gone, EIO for what cannot be understood."""
+    try:
+        return _decode_format_1(image, reply) if image.format == 1 else _decode(image, reply)
+    except struct.error as error:
+        raise RbdfsError(f"cannot understand the header {object_of(image)}: {error}", errno.EIO) from error
+
+
+def _decode(image: ImageRef, reply: Reply) -> Header:
+    what = f"read the header {object_name(image.id)}"
+    order, size = struct.unpack("<BQ", reply.answer(0, what))
+    if image.snapshot_id is not None:
+        modified_ns = decode_snapshot(reply.answer(1, what)).created_ns
+    else:
+        result, answer = reply.calls[1]
+        modified_ns = Reader(answer).time_ns() if result >= 0 else 0  # made before Mimic, or asked of an OSD of then
+    (features,) = struct.unpack_from("<Q", reply.answer(2, what))
+    (flags,) = struct.unpack("<Q", reply.answer(3, what))
+    map_is_valid = bool(
+        features & rbd.RBD_FEATURE_OBJECT_MAP
+        # Of an image that is being migrated, the source shows through, which no map says.
+        and not features & rbd.RBD_FEATURE_MIGRATING
+        and not flags & rbd.RBD_FLAG_OBJECT_MAP_INVALID
+    )
+    (result, spec), (overlap_result, overlap) = reply.calls[4:]
+    if result < 0 or overlap_result < 0:  # an OSD from before Nautilus does not know these calls
+        return Header(size, 1 << order, modified_ns)
+    return Header(size, 1 << order, modified_ns, map_is_valid, _decode_parent(spec, overlap))
+
+
+def _decode_parent(spec: bytes, overlap: bytes) -> Parent | None:
+    """A `cls::rbd::ParentImageSpec`, and an optional overlap, which only a clone has."""
+    shown = Reader(overlap)
+    if not shown.u8():
+        return None
+    reader = Reader(spec)
+    reader.version()
+    pool_id = reader.s64()
+    namespace, image_id = reader.string(), reader.string()
+    if pool_id < 0:
+        return None
+    parent = ImageRef(Namespace(Pool(pool_id, str(pool_id)), namespace), image_id, reader.u64())
+    return Parent(parent, shown.u64())
+
+
+def _decode_format_1(image: ImageRef, reply: Reply) -> Header:
+    what = f"read the header {object_of(image)}"
+    if reply.result < 0:
+        raise RbdfsError(f"cannot {what}: {os.strerror(-reply.result)}", -reply.result)
+    order, size = _FORMAT_1.unpack(reply.data)
+    if not reply.data.startswith(FORMAT_1_TEXT):
+        raise RbdfsError(f"cannot {what}: it is none", errno.EIO)
+    if image.snapshot_id is None:
+        return Header(size, 1 << order, reply.modified_ns)
+    for snapshot, snapshot_size in _decode_snapshots_of_format_1(reply.answer(0, what)):
+        if snapshot.id == image.snapshot_id:
+            return Header(snapshot_size, 1 << order, snapshot.created_ns)
+    raise RbdfsError(f"{object_of(image)} has no snapshot {image.snapshot_id}", errno.ENOENT)
+
+
+async def snapshots(operations: ReadOperations, ioctx: librbd.Ioctx, image: ImageRef) -> list[Snapshot]:
+    """All snapshots, the oldest first. Raises RbdfsError: ENOENT where the image is gone."""
+    what = f"list the snapshots of {object_of(image)}"
+    method = b"snap_list" if image.format == 1 else b"get_snapcontext"
+    answer = (await operations.ask(Request(ioctx, object_of(image), [Call(method)]))).answer(0, what)
+    if image.format == 1:
+        return [snapshot for snapshot, _ in reversed(_decode_snapshots_of_format_1(answer))]
+    reader = Reader(answer)
+    reader.u64()  # the highest id that was ever given out
+    calls = [Call(b"snapshot_get", struct.pack("<Q", reader.u64())) for _ in range(reader.u32())]
+    calls.reverse()
+    starts = range(0, len(calls), _SNAPSHOTS_A_REQUEST)
+    replies = await operations.operate(
+        [Request(ioctx, object_of(image), calls[start : start + _SNAPSHOTS_A_REQUEST]) for start in starts]
+    )
+    return list(_decode_snapshots(replies, what))
+
+
+def _decode_snapshots(replies: Iterable[Reply], what: str) -> Iterable[Snapshot]:
+    for reply in replies:
+        if reply.result < 0:
+            raise RbdfsError(f"cannot {what}: {os.strerror(-reply.result)}", -reply.result)
+        for number, (result, answer) in enumerate(reply.calls):
+            if result != -errno.ENOENT:  # removed meanwhile
+                yield decode_snapshot(answer if result >= 0 else reply.answer(number, what))
+
+
+def decode_snapshot(answer: bytes) -> Snapshot:
+    """A `cls::rbd::SnapshotInfo`."""
+    reader = Reader(answer)
+    reader.version()
+    snapshot_id = reader.u64()
+    end = reader.version()
+    kind = reader.u32()
+    reader.skip_to(end)
+    name = reader.string()
+    reader.u64()  # its size
+    return Snapshot(snapshot_id, name, kind == USER_SNAPSHOT, reader.time_ns())
+
+
+def _decode_snapshots_of_format_1(answer: bytes) -> list[tuple[Snapshot, int]]:
+    """Each with its size, the newest first."""
+    reader = Reader(answer)
+    reader.u64()  # the highest id that was ever given out
+    found = []
+    for _ in range(reader.u32()):
+        snapshot_id, size = reader.u64(), reader.u64()
+        found.append((Snapshot(snapshot_id, reader.string(), is_users=True, created_ns=0), size))
+    return found

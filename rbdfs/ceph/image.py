@@ -1,20 +1,22 @@
-"""One image that is open in the cluster: reads, size, and whether anybody can have written to it."""
+"""One image or snapshot that is open in the cluster: reads, size, and what others have done to it meanwhile."""
 
 import errno
 import logging
-import os
 import struct
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar, TypeVarTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import rados
 import rbd
 import trio
 
+from rbdfs.catalog import ImageRef
 from rbdfs.ceph import header, librbd
 from rbdfs.ceph.aio import Handover, ReadHandle, in_thread, in_thread_to_its_end
-from rbdfs.ceph.errors import translated
+from rbdfs.ceph.changes import GET_LOCK_INFO, Format1Look, HeadLook, Look, Looks, SnapshotLook, locked_by
+from rbdfs.ceph.errors import reason_of, translated
+from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
 
@@ -28,56 +30,110 @@ OnComplete = Callable[[bytes | RbdfsError], None]
 OpenHandle = Callable[[bool], ReadHandle]
 """Opens an image in librbd, read-only if told so; blocks, raises RbdfsError."""
 
-# The argument of cls_lock's get_info, encoded: version 1, compatible with 1, length, the name of librbd's managed lock.
-_GET_LOCK_INFO = struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + header.encode_string("rbd_lock")
-
-
 _MAP_INVALID = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 
 OBJECTS_ASKED_AT_ONCE = 256
 """Of an image without a fast-diff map: what SEEK_DATA waits for, some 10 ms at 0.3 ms a round trip."""
 
+POLL_SECONDS = 1.0
+"""How often an image is looked at while it is read, so that who reads from caches hears of its removal, too."""
+
+SNAPSHOT_VERSION = 0
+"""The write version of what nobody writes to."""
+
+
+class Asks(NamedTuple):
+    """Where an image's header is asked, and how."""
+
+    operations: ReadOperations
+    ioctx: librbd.Ioctx
+
 
 class CephImage:
-    """The HEAD of an image that is open in librbd: an `ImageSource` (rbdfs/image/source.py).
+    """An image or a snapshot that is open in librbd: an `ImageSource` (rbdfs/image/source.py).
 
-    Where the key allows it the image is open as for writing, though nothing is ever written: only so does librbd hold a
+    Where the key allows it, HEAD is open as for writing, though nothing is ever written: only so does librbd hold a
     watch, and only with a watch is `rbd rm` refused meanwhile, and do reads follow a resize. `osd 'profile
-    rbd-read-only'` allows no watch; then it is open read-only, and opened anew when the size has changed.
+    rbd-read-only'` allows no watch; then it is open read-only, and opened anew when the size has changed. So is an
+    image with a journal, whose readers librbd makes take the exclusive lock, away from the VM that writes: we watch it
+    ourselves. A snapshot is open read-only, without a watch: it does not change, and a watch does not hold off its
+    removal.
     """
 
     def __init__(
-        self, spec: ImageSpec, image_id: str, ioctx: rados.Ioctx, handover: Handover, open_handle: OpenHandle
+        self,
+        spec: ImageSpec,
+        image: ImageRef,
+        ioctx: rados.Ioctx,
+        asks: Asks,
+        handover: Handover,
+        open_handle: OpenHandle,
     ) -> None:
         """To be followed by `_open`; `open` does both. `ioctx` is closed with the image."""
         self.spec = spec
-        self._header = header.object_name(image_id)
-        self._id = image_id
+        self.is_constant = image.snapshot_id is not None
+        self.is_watched = False
+        self._is_read_only = self.is_constant
+        self._image = image
+        self._header = header.object_of(image)
         self._ioctx = ioctx
+        self._asks = asks
         self._handover = handover
         self._open_handle = open_handle
+        self._watch: rados.Watch | None = None
         self._in_flight: dict[ReadHandle, int] = {}
         self._one_is_idle = trio.Event()
         self._resizing = trio.Lock()
 
     @classmethod
     async def open(
-        cls, spec: ImageSpec, image_id: str, ioctx: rados.Ioctx, handover: Handover, open_handle: OpenHandle
+        cls,
+        spec: ImageSpec,
+        image: ImageRef,
+        ioctx: rados.Ioctx,
+        asks: Asks,
+        handover: Handover,
+        open_handle: OpenHandle,
     ) -> "CephImage":
         """Open the image by `open_handle(read_only)`, which blocks. `ioctx` is given away. Raises RbdfsError."""
-        image = cls(spec, image_id, ioctx, handover, open_handle)
+        opened = cls(spec, image, ioctx, asks, handover, open_handle)
         try:
-            await image._open()
+            features = await opened._features()
+            if features & rbd.RBD_FEATURE_JOURNALING:
+                opened._is_read_only = True
+            await opened._open()
+            try:
+                await opened._begin_to_look(features)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await opened._close_handle(opened._handle)
+                raise
         except BaseException:
+            with trio.CancelScope(shield=True):
+                await opened._unwatch()
             ioctx.close()
             raise
-        return image
+        return opened
+
+    async def _features(self) -> int:
+        """Of the image. Raises RbdfsError: EIO where the image has a name and no header."""
+        if self._image.format == 1:
+            return 0
+        call = Call(b"get_features", struct.pack("<QB", header.HEAD, 1))
+        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, (call,)))
+        if reply.result == -errno.ENOENT:
+            raise RbdfsError(
+                f"cannot open {self.spec}: its header object {self._header} is missing; "
+                "the image is broken, or was just removed"
+            )
+        (features,) = struct.unpack_from("<Q", reply.answer(0, f"open {self.spec}"))
+        return int(features)
 
     async def _open(self) -> None:
         try:
             self._handle, info = await in_thread_to_its_end(self._open_and_look)
         except RbdfsError as error:
-            raise RbdfsError(f"cannot open {self.spec}: {error}", error.errno) from error
+            raise RbdfsError(f"cannot open {self.spec}: {error}{await self._hint(error)}", error.errno) from error
         self._handle.start()
         self._in_flight[self._handle] = 0
         self.size = info.size
@@ -85,15 +141,70 @@ class CephImage:
         self.stripe_unit = info.stripe_unit
         self.stripe_count = info.stripe_count
 
-    def _open_and_look(self) -> tuple[ReadHandle, librbd.ImageInfo]:
+    async def _hint(self, error: RbdfsError) -> str:
+        """What else there is to say of an image that cannot be opened."""
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOENT):
+            return ""
         try:
-            handle, self.is_watched = self._open_handle(False), True
-        except RbdfsError as error:
-            if error.errno != errno.EPERM:
-                raise
-            log.info("%s: the key may not watch the image, so nothing holds off its removal", self.spec)
-            handle, self.is_watched = self._open_handle(True), False
+            reply = await self._asks.operations.ask(header.request(self._asks.ioctx, self._image))
+            parent = header.decode(self._image, reply).parent
+        except RbdfsError:
+            return ""
+        if parent is None:
+            return ""
+        where = f"image {parent.image.id} of pool {parent.image.namespace.pool.id}"
+        if error.errno == errno.ENOENT:
+            return f"; it is a clone: is its parent, {where}, still there?"
+        return f"; it is a clone: the key must be allowed to read its parent as well, {where}"
+
+    def _open_and_look(self) -> tuple[ReadHandle, librbd.ImageInfo]:
+        if not self._is_read_only:
+            try:
+                handle = self._open_handle(False)
+            except RbdfsError as error:
+                if error.errno != errno.EPERM:
+                    raise
+                log.info("%s: the key may not watch the image, so nothing holds off its removal", self.spec)
+                self._is_read_only = True
+            else:
+                self.is_watched = True
+                return handle, handle.info()
+        elif not self.is_constant and self._watch is None:
+            self._watch_ourselves()
+        handle = self._open_handle(True)
         return handle, handle.info()
+
+    def _watch_ourselves(self) -> None:
+        """Hold off the image's removal by a watch without librbd; what comes by it is acknowledged, and no more."""
+
+        def lost(_: int) -> None:
+            log.info("%s: the watch was lost, so nothing holds off its removal now", self.spec)
+
+        try:
+            self._watch = self._ioctx.watch(self._header, lambda *_: None, lost)
+            self.is_watched = True
+        except rados.Error as error:
+            log.info("%s: the image cannot be watched (%s), so nothing holds off its removal", self.spec, error)
+
+    async def _begin_to_look(self, features: int) -> None:
+        operations, ioctx = self._asks
+        look: Look
+        if self._image.format == 1:
+            look = Format1Look(self.spec, self._image, operations, ioctx, self._watchers)
+        elif self.is_constant:
+            look = SnapshotLook(self.spec, self._image, operations, ioctx, size=self.size, features=features)
+        else:
+            follows = not self._is_read_only
+            look = HeadLook(
+                *(self.spec, self._image, operations, ioctx, self._watchers),
+                features=features,
+                follows_migration=follows,
+            )
+        self._looks = Looks(look)
+        await self._looks.begin()
+
+    async def _watchers(self) -> frozenset[int]:
+        return await self._blocking(self._handle.watchers)
 
     def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
         """See `ImageSource.aio_read`."""
@@ -104,15 +215,39 @@ class CephImage:
     def _finish(
         self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
     ) -> None:
-        self._ended(handle)
         if result == length:
-            oncomplete(data)
+            if self.is_constant or self._may_miss_objects(offset, data):
+                self._looks.ask(partial(self._finish_if_in_place, handle, offset, oncomplete, data))
+            else:
+                self._ended(handle)
+                oncomplete(data)
             return
+        self._ended(handle)
         what = f"cannot read {self.spec} at {offset} (+{length})"
         if result >= 0 or result == -errno.EINVAL:
             oncomplete(BeyondEndError(f"{what}: the image ends before"))
         else:
-            oncomplete(ReadError(f"{what}: {os.strerror(-result)}", -result))
+            oncomplete(ReadError(f"{what}: {reason_of(-result)}", -result))
+
+    def _may_miss_objects(self, offset: int, data: bytes) -> bool:
+        """Whether an object in this range may have been removed, or cut: then its last byte here is zero."""
+        if not data[-1]:
+            return True
+        return 0 in data[self.stripe_unit - 1 - offset % self.stripe_unit :: self.stripe_unit]
+
+    def _finish_if_in_place(
+        self, handle: ReadHandle, offset: int, oncomplete: OnComplete, data: bytes, looked: int | RbdfsError
+    ) -> None:
+        self._ended(handle)
+        what = f"cannot read {self.spec} at {offset} (+{len(data)})"
+        if isinstance(looked, StaleError):
+            oncomplete(looked)
+        elif isinstance(looked, RbdfsError):
+            oncomplete(ReadError(f"{what}: cannot tell zeros from what was removed: {looked}", looked.errno))
+        elif looked < offset + len(data):
+            oncomplete(BeyondEndError(f"{what}: the image ends before"))
+        else:
+            oncomplete(data)
 
     def _ended(self, handle: ReadHandle) -> None:
         self._in_flight[handle] -= 1
@@ -133,6 +268,27 @@ class CephImage:
 
         return await in_thread(call)
 
+    def heed(self) -> None:
+        """See `ImageSource.heed`."""
+        looks = self._looks
+        if looks.stale is not None:
+            raise looks.stale
+        if trio.current_time() - looks.latest > POLL_SECONDS:
+            looks.latest = trio.current_time()
+            handle = self._handle
+            self._in_flight[handle] += 1
+            looks.ask(lambda _: self._ended(handle))
+
+    async def verify(self) -> None:
+        """See `ImageSource.verify`."""
+        if self._looks.stale is not None:
+            raise self._looks.stale
+        try:
+            await self._looks.look()
+        except StaleError as error:
+            self._looks.stale = error
+            raise
+
     async def refresh(self) -> int:
         """See `ImageSource.refresh`."""
         if await self._ask_size() != self.size:
@@ -144,22 +300,29 @@ class CephImage:
         return self.size
 
     async def _ask_size(self) -> int:
-        try:
-            size, _ = await header.get_size(self._handover, self._ioctx, self._id)
-        except RbdfsError as error:
-            if error.errno == errno.ENOENT:
-                raise StaleError(f"{self.spec} was removed while it was open") from error
-            raise
-        return size
+        if self._looks.stale is not None:
+            raise self._looks.stale
+        return (await self._looks.look()).size
 
     async def _follow_resize(self) -> None:
-        if self.is_watched:
+        if not self._is_read_only:
             # librbd clips a read to the size that it knows before it looks at the header: this makes it look.
             await self._blocking(self._handle.info)
             return
+        await self._open_anew()
+
+    async def _open_anew(self) -> None:
         stale = self._handle
         await self._open()
         await self._close_handle(stale)
+
+    async def _flags(self) -> int:
+        """As the header has them now. Raises RbdfsError."""
+        if self._image.format == 1:
+            return 0
+        call = Call(b"get_flags", struct.pack("<Q", header.snapshot_id_of(self._image)))
+        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, (call,)))
+        return int.from_bytes(reply.answer(0, f"ask for the flags of {self.spec}"), "little")
 
     async def extents_window(self) -> int:
         """See `ImageSource.extents_window`.
@@ -169,6 +332,9 @@ class CephImage:
         """
         with translated(f"ask for the features of {self.spec}"):
             info = await self._blocking(self._handle.info)
+            if self._is_read_only and not info.flags & _MAP_INVALID and await self._flags() & _MAP_INVALID:
+                await self._open_anew()  # librbd would still believe the maps
+                info = await self._blocking(self._handle.info)
         if info.features & rbd.RBD_FEATURE_FAST_DIFF and not info.flags & _MAP_INVALID:
             return max(info.size, 1)
         return OBJECTS_ASKED_AT_ONCE * self.object_size * self.stripe_count
@@ -176,7 +342,26 @@ class CephImage:
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ImageSource.extents`: `rbd_diff_iterate2` from the beginning of time, by whole objects."""
         with translated(f"ask where {self.spec} holds data"):
+            found = await self._list_extents(offset, length)
+        # What was removed is no hole.
+        if await self._looks.settled_size() < offset + length:
+            raise BeyondEndError(f"cannot ask where {self.spec} holds data: it was shrunk meanwhile")
+        return found
+
+    async def _list_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """By a handle that is open read-only.
+
+        Before it lists, librbd flushes what was written, and for that takes the exclusive lock of an image that is open
+        for writing: away from the VM that has it (seen with 16.2).
+        """
+        if self._is_read_only:
             return await self._blocking(self._handle.extents, offset, length)
+        handle = await in_thread_to_its_end(self._open_handle, True)
+        try:
+            return await in_thread_to_its_end(handle.extents, offset, length)
+        finally:
+            with trio.CancelScope(shield=True):
+                await handle.aclose()
 
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`.
@@ -185,6 +370,11 @@ class CephImage:
         object. So while the header has the same version and nobody holds the lock, nobody writes. (Reads, watches and
         what is written under a lock that is held do not move the version: tried with 16.2.)
         """
+        if self.is_constant:
+            await self.verify()
+            return SNAPSHOT_VERSION
+        if self._image.format == 1:
+            return None
         with translated(f"ask for the state of {self.spec}"):
             return await self._blocking(self._ask_write_version)
 
@@ -192,16 +382,24 @@ class CephImage:
         # The version comes first: a lock that is taken or given back after it shows in the next version.
         self._ioctx.stat(self._header)
         version = int(self._ioctx.get_last_version())
-        if not self._handle.info().features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
+        _, features = self._ioctx.execute(self._header, "rbd", "get_features", struct.pack("<QB", header.HEAD, 1))
+        if not int.from_bytes(features[:8], "little") & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
             return None
-        _, info = self._ioctx.execute(self._header, "lock", "get_info", _GET_LOCK_INFO)
-        (lockers,) = struct.unpack_from("<I", info, 6)
-        return None if lockers else version
+        _, info = self._ioctx.execute(self._header, "lock", "get_info", GET_LOCK_INFO)
+        return None if locked_by(info) else version
 
     async def close(self) -> None:
         """See `ImageSource.close`."""
         await self._close_handle(self._handle)
+        await self._unwatch()
         self._ioctx.close()
+
+    async def _unwatch(self) -> None:
+        if self._watch is not None:
+            try:
+                await in_thread_to_its_end(self._watch.close)
+            except rados.Error as error:
+                log.warning("%s: the watch could not be given back: %s", self.spec, error)
 
     async def _close_handle(self, handle: ReadHandle) -> None:
         while self._in_flight[handle]:

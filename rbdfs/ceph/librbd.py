@@ -16,6 +16,7 @@ Close in the order image, ioctx, cluster: an image closed after `shutdown` hangs
 """
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable, Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_ssize_t, c_uint8, c_uint64, c_void_p
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from rbdfs.ceph.errors import reason_of
 from rbdfs.errors import ConnectError, RbdfsError
 
 Token = TypeVar("Token")
@@ -43,6 +45,7 @@ nothing that stands out from the noise, nor did a larger `objecter_inflight_op_b
 _EVENT_TYPE_EVENTFD = 2
 _COMPLETIONS_PER_POLL = 64
 """Enough for a burst; librbd keeps an array of this size on its stack."""
+_WATCHERS_AT_FIRST = 16
 
 
 class _ImageInfo(ctypes.Structure):
@@ -57,6 +60,12 @@ class _ImageInfo(ctypes.Structure):
         ("parent_pool", c_int64),
         ("parent_name", ctypes.c_char * 96),
     )
+
+
+class _Watcher(ctypes.Structure):
+    """`rbd_image_watcher_t`."""
+
+    _fields_ = (("address", c_char_p), ("id", c_int64), ("cookie", c_uint64))
 
 
 _DiffCallback = ctypes.CFUNCTYPE(c_int, c_uint64, c_size_t, c_int, c_void_p)
@@ -91,6 +100,8 @@ _rados_ioctx_destroy = _bind(_librados, "rados_ioctx_destroy", None, c_void_p)
 _OPEN = (c_void_p, c_char_p, _HANDLE, c_char_p)
 _rbd_open_by_id = _bind(_librbd, "rbd_open_by_id", c_int, *_OPEN)
 _rbd_open_by_id_read_only = _bind(_librbd, "rbd_open_by_id_read_only", c_int, *_OPEN)
+_rbd_open = _bind(_librbd, "rbd_open", c_int, *_OPEN)
+_rbd_open_read_only = _bind(_librbd, "rbd_open_read_only", c_int, *_OPEN)
 _rbd_snap_set_by_id = _bind(_librbd, "rbd_snap_set_by_id", c_int, c_void_p, c_uint64)
 _rbd_close = _bind(_librbd, "rbd_close", c_int, c_void_p)
 _rbd_stat = _bind(_librbd, "rbd_stat", c_int, c_void_p, POINTER(_ImageInfo), c_size_t)
@@ -98,6 +109,8 @@ _rbd_get_features = _bind(_librbd, "rbd_get_features", c_int, c_void_p, POINTER(
 _rbd_get_flags = _bind(_librbd, "rbd_get_flags", c_int, c_void_p, POINTER(c_uint64))
 _rbd_get_stripe_unit = _bind(_librbd, "rbd_get_stripe_unit", c_int, c_void_p, POINTER(c_uint64))
 _rbd_get_stripe_count = _bind(_librbd, "rbd_get_stripe_count", c_int, c_void_p, POINTER(c_uint64))
+_rbd_watchers_list = _bind(_librbd, "rbd_watchers_list", c_int, c_void_p, POINTER(_Watcher), POINTER(c_size_t))
+_rbd_watchers_list_cleanup = _bind(_librbd, "rbd_watchers_list_cleanup", c_int, POINTER(_Watcher), c_size_t)
 _rbd_diff_iterate2 = _bind(
     _librbd,
     "rbd_diff_iterate2",
@@ -156,7 +169,7 @@ def keep_freed_memory() -> None:
 
 def _check(result: int, what: str, error: type[RbdfsError] = RbdfsError) -> None:
     if result < 0:
-        raise error(f"{what}: {os.strerror(-result)}", -result)
+        raise error(f"{what}: {reason_of(-result)}", -result)
 
 
 class Cluster:
@@ -170,7 +183,7 @@ class Cluster:
         handle = c_void_p()
         _check(_rados_ioctx_create2(self._handle, pool_id, byref(handle)), f"cannot use pool {pool_id}")
         if namespace:
-            _rados_ioctx_set_namespace(handle, namespace.encode())
+            _rados_ioctx_set_namespace(handle, namespace.encode(errors="surrogateescape"))
         return Ioctx(handle)
 
     def shutdown(self) -> None:
@@ -215,18 +228,32 @@ class Ioctx:
     def __init__(self, handle: c_void_p) -> None:
         self._handle = handle
 
+    @property
+    def pointer(self) -> c_void_p:
+        """The `rados_ioctx_t`, for calls that are bound elsewhere; not after `destroy`."""
+        return self._handle
+
     def open_image(
-        self, event_fd: int, image_id: str, *, snap_id: int | None = None, read_only: bool = False
+        self,
+        event_fd: int,
+        image_id: str,
+        *,
+        snap_id: int | None = None,
+        read_only: bool = False,
+        by_name: bool = False,
     ) -> "Image[Token]":
-        """Open an image at a snapshot or at HEAD.
+        """Open an image at a snapshot or at HEAD; `by_name` takes its name for `image_id` (format 1 has no ids).
 
         `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not
         check it: with a wrong one, completions are never announced. `read_only` opens without a watch: an image that
         is then removed reads as zeros, without an error.
         """
-        function = _rbd_open_by_id_read_only if read_only else _rbd_open_by_id
+        if by_name:
+            function = _rbd_open_read_only if read_only else _rbd_open
+        else:
+            function = _rbd_open_by_id_read_only if read_only else _rbd_open_by_id
         handle = c_void_p()
-        _check(function(self._handle, image_id.encode(), byref(handle), None), f"cannot open image {image_id}")
+        _check(function(self._handle, os.fsencode(image_id), byref(handle), None), f"cannot open image {image_id}")
         try:
             if snap_id is not None:
                 result = _rbd_snap_set_by_id(handle, snap_id)
@@ -348,6 +375,19 @@ class Image(Generic[Token]):
             flags=self.flags(),
             object_prefix=stat.block_name_prefix.decode(),
         )
+
+    def watchers(self) -> frozenset[int]:
+        """The clients that watch the image's header, by their ids; blocking."""
+        count = c_size_t(_WATCHERS_AT_FIRST)
+        while True:
+            found = (_Watcher * count.value)()
+            result = _rbd_watchers_list(self._handle, found, byref(count))
+            if result != -errno.ERANGE:  # else `count` is now how many there are
+                break
+        _check(result, f"cannot list who watches image {self._name}")
+        clients = frozenset(watcher.id for watcher in found[: count.value])
+        _rbd_watchers_list_cleanup(found, count)
+        return clients
 
     def diff(
         self,

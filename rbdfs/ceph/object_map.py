@@ -1,23 +1,14 @@
-"""What an image holds, by its object map, without opening it: two bits for each object, in one object.
+"""What an image holds, by its object map: two bits for each object, in one object of its own.
 
-A map is believed only where the image's flags do not call it invalid. Through a clone its parent shows, and through
-that one its own: then the maps are laid over one another.
+A map is believed only where the image's flags do not call it invalid.
 """
 
-import errno
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import rados
-import rbd
-
-from rbdfs.ceph import header
-from rbdfs.ceph.aio import Handover, execute
-from rbdfs.errors import RbdfsError
+from rbdfs.catalog import ImageRef
 
 OBJECTS_A_BYTE = 4
-_OVERHEAD_BYTES = 1024  # of an encoded map: its header and checksum, and room for what later versions add
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,62 +44,7 @@ def decode(encoded: bytes) -> ObjectSet:
     return ObjectSet((states | states >> 1) & lower_bits, length * OBJECTS_A_BYTE)
 
 
-@dataclass(frozen=True, slots=True)
-class MappedImage:
-    """An image whose map is asked for, or a snapshot of one; sizes in bytes."""
-
-    pool_id: int
-    namespace: str
-    id: str
-    size: int
-    object_size: int
-    snapshot_id: int = header.HEAD
-
-
-async def held_objects(
-    handover: Handover, ioctx_of: Callable[[int, str], rados.Ioctx], image: MappedImage
-) -> ObjectSet | None:
-    """The objects that hold data, the parents' included as it shows through.
-
-    None where that cannot be known without looking at each object. Raises RbdfsError: ENOENT where the image is gone.
-    """
-    ioctx = ioctx_of(image.pool_id, image.namespace)
-    objects = await _own_objects(handover, ioctx, image)
-    if objects is None:
-        return None
-    try:
-        parent = await header.get_parent(handover, ioctx, image.id, image.snapshot_id)
-        if parent is None:
-            return objects
-        size, object_size = await header.get_size(
-            handover, ioctx_of(parent.pool_id, ""), parent.image_id, parent.snapshot_id
-        )
-        mapped = MappedImage(parent.pool_id, "", parent.image_id, size, object_size, parent.snapshot_id)
-        below = await held_objects(handover, ioctx_of, mapped) if object_size == image.object_size else None
-    except RbdfsError:  # a parent that the key may not read, or that is in another namespace
-        return None
-    return None if below is None else objects.over(below, -(-parent.overlap // object_size))
-
-
-async def _own_objects(handover: Handover, ioctx: rados.Ioctx, image: MappedImage) -> ObjectSet | None:
-    features = await header.get_features(handover, ioctx, image.id, image.snapshot_id)
-    if not features & rbd.RBD_FEATURE_OBJECT_MAP or features & rbd.RBD_FEATURE_MIGRATING:
-        return None
-    encoded = await _load(handover, ioctx, image)
-    # The flags come last: a map that became invalid while it was loaded must not be believed.
-    flags = await header.get_flags(handover, ioctx, image.id, image.snapshot_id)
-    return None if encoded is None or flags & rbd.RBD_FLAG_OBJECT_MAP_INVALID else decode(encoded)
-
-
-async def _load(handover: Handover, ioctx: rados.Ioctx, image: MappedImage) -> bytes | None:
-    """The encoded map; None where there is none."""
+def object_of(image: ImageRef) -> str:
+    """The object that holds the map of an image of format 2, or of a snapshot of it."""
     name = f"rbd_object_map.{image.id}"
-    if image.snapshot_id != header.HEAD:
-        name += f".{image.snapshot_id:016x}"
-    answer_bytes = image.size // image.object_size // OBJECTS_A_BYTE + _OVERHEAD_BYTES
-    try:
-        return await execute(handover, ioctx, name, "rbd", "object_map_load", answer_bytes=answer_bytes)
-    except RbdfsError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
+    return name if image.snapshot_id is None else f"{name}.{image.snapshot_id:016x}"

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 MAX_OPS = 256
 MAX_BYTES = 64 * MIB
 """What the mount may have in flight towards the cluster: operations, and bytes (`rbd export`: 10 objects of 4 MiB).
-librados itself stops at 1,024 operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and blocks
-the caller then."""
+librados itself stops at 1,024 operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and
+blocks the caller then."""
 
 READY = "ready"
 """What the background process says when the mount is usable; anything else is what is wrong."""
@@ -77,7 +78,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
     keep_freed_memory()
     cluster = await Cluster.connect(options.cluster, options.pools)
     images = OpenImages(ObjectCache(options.cache_bytes, Throttle(MAX_OPS, MAX_BYTES)))
-    operations = Operations(Tree(cluster), cluster, images, cluster.open_image, options.presentation)
+    operations = Operations(Tree(cluster, time.time_ns()), cluster, images, cluster.open_image, options.presentation)
     try:
         with mounted(operations, options.mountpoint, options.fuse_options):
             await _until_stopped(partial(serve, operations, options.mountpoint, ready))

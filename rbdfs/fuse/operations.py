@@ -6,18 +6,19 @@ import itertools
 import logging
 import os
 import stat
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 
 from rbdfs.catalog import Catalog, ImageFacts, ImageRef
 from rbdfs.errors import RbdfsError
 from rbdfs.fuse.lowlevel import ReadRequest
-from rbdfs.fuse.tree import Directory, ImageFile, Listed, Node, Tree
+from rbdfs.fuse.nodes import ImageFile, Node
+from rbdfs.fuse.tree import Facts, Listed, Tree
 from rbdfs.image.holes import Kind
 from rbdfs.image.image import OpenImage
 from rbdfs.image.object_cache import Span
@@ -39,7 +40,13 @@ BLOCK_BYTES = 4096
 STAT_BLOCK_BYTES = 512
 """The unit of st_blocks, whatever the block size."""
 
-EXPECTED = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS})
+XATTR_PREFIX = b"user.rbd."
+"""Of the names of extended attributes."""
+
+XATTR_NAME_BYTES = 255
+"""What the kernel takes as such a name (XATTR_NAME_MAX)."""
+
+EXPECTED = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS, errno.ENODATA})
 """Errors that a file system answers in everyday use; all others are logged as errors."""
 
 
@@ -96,16 +103,16 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self._images = images
         self._connect = connect
         self._presentation = presentation
-        self._mounted_ns = time.time_ns()
         self._handles = itertools.count(1)
         self._files: dict[int, tuple[ImageRef, OpenImage]] = {}
         self._listings: dict[int, tuple[Listed, ...]] = {}
+        self._looked: dict[int, tuple[float, Facts | None]] = {}
 
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """`name` in a directory; the kernel then knows its inode."""
         node = await self._tree.lookup(self._tree.directory(parent_inode), os.fsdecode(name))
-        attributes = self._attributes(node, await self._facts(node))
+        attributes = self._attributes(node, await self._tree.facts(node))
         self._tree.remember(node)
         return attributes
 
@@ -114,17 +121,29 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         """The kernel has dropped these inodes from its caches."""
         for inode, lookups in inode_list:
             self._tree.forget(inode, lookups)
+            self._looked.pop(inode, None)
 
     @answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        """The attributes as the cluster has them now."""
+        """The attributes as the cluster has had them within ENTRY_SECONDS.
+
+        Beside direct reads that overlap (libaio) the kernel asks again and again: it drops an answer if a read has
+        ended meanwhile (fuse_change_attributes: attr_version), and asks at the next read. The cluster is not asked.
+        """
         node = self._tree.node(inode)
-        return self._attributes(node, await self._facts(node))
+        now = trio.current_time()
+        looked, facts = self._looked.get(inode, (-ENTRY_SECONDS, None))
+        if now - looked >= ENTRY_SECONDS:
+            looked, facts = now, await self._tree.facts(node)
+            self._looked[inode] = looked, facts
+        entry = self._attributes(node, facts)
+        entry.attr_timeout = min(entry.attr_timeout, max(0.0, looked + ENTRY_SECONDS - trio.current_time()))
+        return entry
 
     @answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """List the directory afresh; what `readdir` answers is frozen in the handle."""
-        listing = await self._tree.list(self._tree.directory(inode))
+        listing = await self._tree.entries(self._tree.directory(inode))
         handle = next(self._handles)
         self._listings[handle] = tuple(listing)
         return handle
@@ -149,11 +168,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open an image. The kernel keeps the pages that it has only if nobody can have written to it since."""
         node = self._tree.node(inode)
-        if flags & os.O_ACCMODE != os.O_RDONLY or isinstance(node, Directory):
+        if flags & os.O_ACCMODE != os.O_RDONLY or not isinstance(node, ImageFile):
             raise pyfuse3.FUSEError(errno.EROFS)
         image, unchanged = await self._images.open(node.ref, partial(self._connect, node.spec, node.ref))
         handle = next(self._handles)
         self._files[handle] = node.ref, image
+        self._looked.pop(inode, None)
         return pyfuse3.FileInfo(fh=handle, keep_cache=unchanged, direct_io=self._presentation.direct_io)
 
     def begin_read(self, request: ReadRequest) -> None:
@@ -192,10 +212,35 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         return found
 
     @answered
+    async def flush(self, handle: int) -> None:
+        """A close(): an error if the image is gone, which cp, dd and cat notice."""
+        _, image = self._files[handle]
+        await image.flush()
+
+    @answered
     async def release(self, handle: int) -> None:
         """The last descriptor of an open() was closed."""
         ref, image = self._files.pop(handle)
         await self._images.close(ref, image)
+
+    @answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """A fact of an image. Of what `ls -l` wants to know (security.selinux, system.posix_acl_access) the cluster is
+        not asked, and after ENOTSUP `ls` asks no other file. After ENOSYS the kernel would ask for no attribute."""
+        if not name.startswith(b"user."):
+            raise pyfuse3.FUSEError(errno.ENOTSUP)
+        node = self._tree.node(inode)
+        if not isinstance(node, ImageFile) or not name.startswith(XATTR_PREFIX):
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return os.fsencode(await self._catalog.attribute(node.ref, os.fsdecode(name.removeprefix(XATTR_PREFIX))))
+
+    @answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """The names of all that can be such a name; a key of the image's own metadata can be too long."""
+        node = self._tree.node(inode)
+        facts = await self._catalog.attribute_names(node.ref) if isinstance(node, ImageFile) else ()
+        names = [XATTR_PREFIX + os.fsencode(fact) for fact in facts]
+        return [name for name in names if len(name) <= XATTR_NAME_BYTES and b"\0" not in name]
 
     @answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -208,24 +253,23 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         answer.f_namemax = os.pathconf("/", "PC_NAME_MAX")
         return answer
 
-    async def _facts(self, node: Node) -> ImageFacts | None:
-        return await self._catalog.facts(node.ref) if isinstance(node, ImageFile) else None
-
-    def _attributes(self, node: Node, facts: ImageFacts | None) -> pyfuse3.EntryAttributes:
+    def _attributes(self, node: Node, facts: Facts | None) -> pyfuse3.EntryAttributes:
+        """What the kernel is told; it asks again at once where `facts` are None, not known at listing time."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
         entry.st_uid = self._presentation.uid
         entry.st_gid = self._presentation.gid
-        entry.attr_timeout = entry.entry_timeout = ENTRY_SECONDS
-        if facts is None:
-            entry.st_mode = stat.S_IFDIR | 0o555 & ~self._presentation.umask
-            entry.st_nlink = 2
-            changed_ns = self._mounted_ns
-        else:
+        entry.attr_timeout = entry.entry_timeout = 0.0 if facts is None else ENTRY_SECONDS
+        if isinstance(node, ImageFile):
             entry.st_mode = stat.S_IFREG | 0o444 & ~self._presentation.umask
+        else:
+            entry.st_mode = stat.S_IFDIR | 0o555 & ~self._presentation.umask
+        if isinstance(facts, ImageFacts):
             entry.st_size = facts.size
             entry.st_blksize = facts.object_size
             entry.st_blocks = -(-facts.used_bytes // STAT_BLOCK_BYTES)
             changed_ns = facts.modified_ns
+        else:
+            changed_ns = facts or 0
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = changed_ns
         return entry

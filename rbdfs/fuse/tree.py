@@ -1,4 +1,9 @@
-"""The file tree: pools as directories, images as files, each with an inode that is the same at every mount.
+"""The file tree: pools and namespaces as directories, images and snapshots as files.
+
+    POOL/IMAGE, POOL/NAMESPACE/IMAGE       HEAD
+    POOL/IMAGE@SNAPSHOT                    a snapshot: found by name, in no listing
+    POOL/.snap/IMAGE/SNAPSHOT              the same file, listed; `.snap` itself is in no listing, as in CephFS
+    POOL/@NAMESPACE                        the namespace again: listed so where an image has its name
 
 The kernel names a file by its inode once it has looked it up, until it forgets it (lookup counts); this keeps what
 the inode stands for meanwhile. Names are looked up in the cluster each time: what others rename, make or remove shows
@@ -6,57 +11,52 @@ as soon as the kernel asks again (`operations.ENTRY_SECONDS`).
 """
 
 import errno
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import TypeVar
+
+import trio
 
 from rbdfs.catalog import Catalog, ImageFacts, ImageRef, Namespace, Pool
 from rbdfs.errors import RbdfsError
+from rbdfs.fuse import names
+from rbdfs.fuse.nodes import (
+    ROOT_INODE,
+    Directory,
+    ImageDirectory,
+    ImageFile,
+    Node,
+    Root,
+    SnapDirectory,
+    SnapshotDirectory,
+    image_file,
+    namespace_directory,
+    parent_of,
+    pool_directory,
+    snap_directory,
+    snapshot_directory,
+)
 from rbdfs.spec import ImageSpec
 
-ROOT_INODE = 1
-"""FUSE_ROOT_ID of the kernel's interface."""
+T = TypeVar("T")
 
+NAMESPACE_NAME_BYTES = names.NAME_BYTES - len(names.SEPARATOR)
+"""Room for `@` before it."""
 
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """The root, or a pool."""
+Facts = ImageFacts | int
+"""An image's facts; of a directory, when what it lists last changed, in nanoseconds since the epoch."""
 
-    inode: int
-    pool: Pool | None = None
-
-    @property
-    def identity(self) -> Pool | None:
-        """What makes it this directory and no other, whatever its name."""
-        return self.pool
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """An image's HEAD. `spec` is what it was called when it was looked up."""
-
-    inode: int
-    ref: ImageRef
-    spec: ImageSpec
-
-    @property
-    def identity(self) -> ImageRef:
-        """What makes it this file and no other, whatever its name."""
-        return self.ref
-
-
-Node = Directory | ImageFile
-Listed = tuple[str, Node, ImageFacts | None]
-"""A directory entry: its name, what it is, and an image's facts."""
-
-ROOT = Directory(ROOT_INODE)
+Listed = tuple[str, Node, Facts | None]
+"""A directory entry: its file name, what it is, and its facts; None where they are not known."""
 
 
 class Tree:
     """What the inodes that the kernel knows stand for."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, mounted_ns: int) -> None:
         self._catalog = catalog
-        self._nodes: dict[int, Node] = {ROOT_INODE: ROOT}
+        self._mounted_ns = mounted_ns
+        self._nodes: dict[int, Node] = {ROOT_INODE: Root()}
         self._lookups: dict[int, int] = {}
 
     def node(self, inode: int) -> Node:
@@ -66,31 +66,64 @@ class Tree:
     def directory(self, inode: int) -> Directory:
         """As `node`, of a directory. Raises RbdfsError (ENOTDIR) for a file."""
         node = self._nodes[inode]
-        if isinstance(node, Directory):
-            return node
-        raise RbdfsError(f"{node.spec} is not a directory", errno.ENOTDIR)
+        if isinstance(node, ImageFile):
+            raise RbdfsError(f"{node.spec} is not a directory", errno.ENOTDIR)
+        return node
 
     async def lookup(self, parent: Directory, name: str) -> Node:
         """The entry of a directory. Raises RbdfsError: ENOENT, EACCES for a pool that the key may not read."""
-        if name == ".":
-            return parent
-        if name == "..":
-            return ROOT
-        if parent.pool is None:
-            return self._pool(await self._catalog.pool(name))
-        return self._image(await self._catalog.image(Namespace(parent.pool), name), ImageSpec(parent.pool.name, name))
+        if name in {".", ".."}:
+            return parent if name == "." else parent_of(parent)
+        match parent:
+            case Root():
+                return pool_directory(await _find(name, self._catalog.pool, self._pools))
+            case ImageDirectory(namespace=namespace) if name == names.SNAP:
+                return snap_directory(namespace)
+            case ImageDirectory(namespace=namespace):
+                return await self._lookup_image(namespace, name)
+            case SnapDirectory(namespace=namespace):
+                return snapshot_directory(*await self._image(namespace, name))
+            case SnapshotDirectory(ref=ref, spec=spec):
+                return await self._snapshot(ref, spec, name)
 
-    async def list(self, directory: Directory) -> list[Listed]:
-        """All entries of a directory, sorted by name. An image that goes away meanwhile is left out."""
-        if directory.pool is None:
-            return [(pool.name, self._pool(pool), None) for pool in await self._catalog.pools()]
-        names = await self._catalog.image_names(Namespace(directory.pool))
-        facts = await self._catalog.facts_of_all(names.values())
-        return [
-            (name, self._image(ref, ImageSpec(directory.pool.name, name)), facts[ref])
-            for name, ref in sorted(names.items())
-            if ref in facts
-        ]
+    async def facts(self, node: Node) -> Facts:
+        """What the cluster says now. Raises RbdfsError: ENOENT for what is gone."""
+        match node:
+            case Root():
+                return self._mounted_ns
+            case ImageFile(ref=ref):
+                return await self._catalog.facts(ref)
+            case SnapshotDirectory(ref=ref):
+                snapshots = list((await self._catalog.snapshots(ref)).values())
+                newest = snapshots[-1] if snapshots else ref
+                return (await self._catalog.facts(newest)).modified_ns
+            case ImageDirectory(namespace=namespace) | SnapDirectory(namespace=namespace):
+                changed_ns = await self._catalog.changed_ns(namespace)
+                return self._mounted_ns if changed_ns is None else changed_ns
+
+    async def entries(self, directory: Directory) -> list[Listed]:
+        """All entries of a directory, sorted by name. What goes away meanwhile is left out."""
+        match directory:
+            case Root():
+                found = await self._list_root()
+            case ImageDirectory(namespace=namespace):
+                found = await self._list_images(namespace)
+            case SnapDirectory(namespace=namespace):
+                refs = await self._catalog.image_names(namespace)
+                # Most who list it do not want to know when each image had its newest snapshot.
+                found = [
+                    (names.encode(name), snapshot_directory(ref, _spec(namespace, name)), None)
+                    for name, ref in refs.items()
+                ]
+            case SnapshotDirectory(ref=ref, spec=spec):
+                snapshots = await self._catalog.snapshots(ref)
+                facts = await self._catalog.facts_of_all(snapshots.values())
+                found = [
+                    (names.encode(name), image_file(snapshot, _at(spec, name)), facts[snapshot])
+                    for name, snapshot in snapshots.items()
+                    if snapshot in facts
+                ]
+        return sorted(found, key=lambda entry: entry[0])
 
     def remember(self, node: Node) -> None:
         """The kernel is told of a node: its lookup count goes up by one.
@@ -112,18 +145,107 @@ class Tree:
             self._lookups.pop(inode, None)
             self._nodes.pop(inode, None)
 
-    def _pool(self, pool: Pool) -> Directory:
-        return Directory(_inode("pool", str(pool.id)), pool)
+    async def _lookup_image(self, namespace: Namespace, name: str) -> Node:
+        image, at, snapshot = name.partition(names.SEPARATOR)
+        if at and image:
+            return await self._snapshot(*await self._image(namespace, image), snapshot)
+        if at:
+            return await self._namespace_directory(namespace, snapshot)
+        try:
+            return image_file(*await self._image(namespace, name))
+        except RbdfsError as error:
+            if error.errno != errno.ENOENT or namespace.name:
+                raise
+        return await self._namespace_directory(namespace, name)
 
-    def _image(self, ref: ImageRef, spec: ImageSpec) -> ImageFile:
-        return ImageFile(_inode("image", str(ref.namespace.pool.id), ref.id), ref, spec)
+    async def _image(self, namespace: Namespace, name: str) -> tuple[ImageRef, ImageSpec]:
+        find = partial(self._catalog.image, namespace)
+        found, ref = await _find_named(name, find, partial(self._catalog.image_names, namespace))
+        return ref, _spec(namespace, found)
+
+    async def _snapshot(self, ref: ImageRef, spec: ImageSpec, name: str) -> ImageFile:
+        find = partial(self._catalog.snapshot, ref)
+        found, snapshot = await _find_named(name, find, partial(self._catalog.snapshots, ref))
+        return image_file(snapshot, _at(spec, found))
+
+    async def _namespace_directory(self, parent: Namespace, name: str) -> ImageDirectory:
+        if parent.name:
+            raise RbdfsError(f"{parent}: there are no namespaces in a namespace", errno.ENOENT)
+        find = partial(self._catalog.namespace, parent.pool)
+        namespace = await _find(name, find, partial(self._namespaces, parent.pool), NAMESPACE_NAME_BYTES)
+        return namespace_directory(namespace)
+
+    async def _pools(self) -> Mapping[str, Pool]:
+        return {pool.name: pool for pool in await self._catalog.pools()}
+
+    async def _namespaces(self, pool: Pool) -> Mapping[str, Namespace]:
+        return {namespace.name: namespace for namespace in await self._catalog.namespaces(pool)}
+
+    async def _list_root(self) -> list[Listed]:
+        found: list[Listed] = []
+
+        async def ask(pool: Pool) -> None:
+            directory = pool_directory(pool)
+            found.append((names.encode(pool.name), directory, await self._facts_or_none(directory)))
+
+        async with trio.open_nursery() as nursery:
+            for pool in await self._catalog.pools():
+                nursery.start_soon(ask, pool)
+        return found
+
+    async def _list_images(self, namespace: Namespace) -> list[Listed]:
+        refs = await self._catalog.image_names(namespace)
+        facts = await self._catalog.facts_of_all(refs.values())
+        found: list[Listed] = [
+            (names.encode(name), image_file(ref, _spec(namespace, name)), facts[ref])
+            for name, ref in refs.items()
+            if ref in facts
+        ]
+        if not namespace.name:
+            for each in await self._catalog.namespaces(namespace.pool):
+                at = names.SEPARATOR if each.name in refs else ""
+                directory = namespace_directory(each)
+                file_name = at + names.encode(each.name, NAMESPACE_NAME_BYTES)
+                found.append((file_name, directory, await self._facts_or_none(directory)))
+        return found
+
+    async def _facts_or_none(self, directory: ImageDirectory) -> Facts | None:
+        try:
+            return await self.facts(directory)
+        except RbdfsError:
+            return None
 
 
-def _inode(*identity: str) -> int:
-    """63 bits of a hash of what never changes, so that backup programs see the same inode at the next mount.
+async def _find(
+    file_name: str,
+    by_name: Callable[[str], Awaitable[T]],
+    all_names: Callable[[], Awaitable[Mapping[str, T]]],
+    room: int = names.NAME_BYTES,
+) -> T:
+    """What has the name that a file name stands for. Raises RbdfsError: ENOENT."""
+    _, found = await _find_named(file_name, by_name, all_names, room)
+    return found
 
-    Two of a million images have the same one with a probability of 1 in 18 million; then the second of them that is
-    looked up gets EIO (`Tree.remember`).
-    """
-    digest = hashlib.blake2b("\0".join(identity).encode(), digest_size=8).digest()
-    return max(2, int.from_bytes(digest, "little") >> 1)
+
+async def _find_named(
+    file_name: str,
+    by_name: Callable[[str], Awaitable[T]],
+    all_names: Callable[[], Awaitable[Mapping[str, T]]],
+    room: int = names.NAME_BYTES,
+) -> tuple[str, T]:
+    name = names.decode(file_name, room)
+    if name is not None:
+        return name, await by_name(name)
+    if names.is_abbreviated(file_name):
+        for name, found in (await all_names()).items():
+            if names.encode(name, room) == file_name:
+                return name, found
+    raise RbdfsError(f"no name is written {file_name!r}: see SEMANTICS.md, 'Names'", errno.ENOENT)
+
+
+def _spec(namespace: Namespace, image: str) -> ImageSpec:
+    return ImageSpec(namespace.pool.name, image, namespace.name)
+
+
+def _at(image: ImageSpec, snapshot: str) -> ImageSpec:
+    return ImageSpec(image.pool, image.image, image.namespace, snapshot)

@@ -31,6 +31,8 @@ class HoleMap:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.is_asked = False
+        """Whether somebody has asked for all of it, or is about to."""
         self._starts = [0]
         self._kinds = [Kind.UNKNOWN]
 
@@ -68,6 +70,11 @@ class HoleMap:
         index = bisect_right(self._starts, offset) - 1
         end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
         return Segment(self._starts[index], end, self._kinds[index])
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether all of a range is known to be hole."""
+        known = self.at(offset)
+        return known.kind is Kind.HOLE and offset + length <= known.end
 
     def find(self, offset: int, kind: Kind) -> Segment | None:
         """The first segment at or after `offset` that is of this kind or unknown; None if there is none to the end."""

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 
 import trio
 
-from rbdfs.errors import BeyondEndError, RbdfsError
+from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.object_cache import CachedImage, ObjectCache, Span
 from rbdfs.image.readahead import Readahead
 from rbdfs.image.source import Buffer, ImageSource
 
 log = logging.getLogger(__name__)
+
+ZEROS = bytes(1 << 20)
+"""What every read in a known hole is answered from; the kernel asks for no more at once."""
+
+FLUSH_SECONDS = 2.0
+"""How long a close() waits to hear whether the image is still there."""
 
 
 class ReadaheadShare:
@@ -38,6 +44,8 @@ class OpenState:
 
     source: ImageSource
     cached: CachedImage
+    holes: HoleMap | None = None
+    """What is known of a snapshot's holes, by whoever asked first. A HEAD's belong to each open()."""
 
 
 class OpenImage:
@@ -49,7 +57,8 @@ class OpenImage:
         self._share = share
         self._readahead = Readahead(state.cached.layout.transfer)
         share.files.append(self._readahead)
-        self._holes = HoleMap(state.source.size)
+        self._holes = state.holes or HoleMap(state.source.size)
+        self._stale: StaleError | None = None
 
     @property
     def size(self) -> int:
@@ -63,38 +72,60 @@ class OpenImage:
         read.
         """
         try:
-            return await self._read(offset, length)
-        except BeyondEndError:
-            # Others have shrunk the image under us. Either it ends before this range, and that is the answer, or only
-            # the readahead that this read waited for went beyond the end, and this read does not.
-            await self._state.source.refresh()
-            return await self._read(offset, length)
+            try:
+                return await self._read(offset, length)
+            except BeyondEndError:
+                # Others have shrunk the image under us. Either it ends before this range, and that is the answer, or
+                # only the readahead that this read waited for went beyond the end, and this read does not.
+                await self._state.source.refresh()
+                return await self._read(offset, length)
+        except StaleError as error:
+            self._stale = error
+            raise
 
     async def _read(self, offset: int, length: int) -> Buffer:
-        size = self._state.source.size
+        state = self._state
+        state.source.heed()
+        size = state.source.size
         if offset + length > size:
-            size = await self._state.source.refresh()
+            size = await state.source.refresh()
             length = min(length, size - offset)
             if length <= 0:
                 return b""
+        if state.holes is not None:
+            await self._ask_for_holes(state.holes)
+            if state.holes.is_hole(offset, length):
+                return memoryview(ZEROS)[:length] if length <= len(ZEROS) else bytes(length)
         self._read_ahead(offset, length, size)
-        return await self._cache.read(self._state.cached, offset, length)
+        return await self._cache.read(state.cached, offset, length)
 
     def begin_read(self, offset: int, length: int, done: Callable[[Span | RbdfsError | None], None]) -> None:
         """As `read`, by a call, for reads that need no task: `done` is called once, from here or later.
 
-        It gets the bytes, an error, or None where `read` must answer, since the cluster has to be asked for the size.
+        It gets the bytes, an error, or None where `read` must answer, since the cluster has to be asked for more than
+        data.
         """
         state = self._state
+        try:
+            state.source.heed()
+        except StaleError as error:
+            self._stale = error
+            done(error)
+            return
         size = state.source.size
-        if offset + length > size:
+        if offset + length > size or length > len(ZEROS) or (state.holes is not None and not state.holes.is_asked):
             done(None)
+            return
+        if state.holes is not None and state.holes.is_hole(offset, length):
+            done(Span(ZEROS, 0, length))
             return
         self._read_ahead(offset, length, size)
         began = trio.current_time()
 
         def arrived(result: Span | RbdfsError) -> None:
             self._readahead.on_wait(trio.current_time() - began)
+            if isinstance(result, StaleError):
+                self._stale = result
             done(None if isinstance(result, BeyondEndError) else result)
 
         self._cache.begin_read(state.cached, offset, length, arrived)
@@ -103,6 +134,32 @@ class OpenImage:
         ahead = self._readahead.on_read(offset, length, size, self._share.limit)
         if ahead is not None:
             self._prefetch(*ahead)
+
+    async def _ask_for_holes(self, holes: HoleMap) -> None:
+        """Learn, once, what a snapshot holds: reads of its holes then ask no OSD."""
+        if holes.is_asked:
+            return
+        holes.is_asked = True
+        source = self._state.source
+        try:
+            # Only where one answer tells of all of it: then it costs milliseconds.
+            if await source.extents_window() >= holes.size:
+                await self._learn(source, 0)
+        except RbdfsError as error:
+            log.info("holes are read like data: %s", error)
+
+    async def flush(self) -> None:
+        """What close() is told: raises StaleError if a read found the image gone, or if it is gone now."""
+        if self._stale is None:
+            with trio.move_on_after(FLUSH_SECONDS):
+                try:
+                    await self._state.source.verify()
+                except StaleError as error:
+                    self._stale = error
+                except RbdfsError as error:
+                    log.debug("at close: %s", error)
+        if self._stale is not None:
+            raise self._stale
 
     async def seek(self, offset: int, kind: Kind) -> int | None:
         """Where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 
 import trio
 
+from rbdfs.image.holes import HoleMap
 from rbdfs.image.image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.object_cache import CachedImage, ObjectCache
 from rbdfs.image.source import Connector
@@ -25,6 +26,7 @@ class _Entry:
         self.users = 0
         self.state: OpenState | None = None
         self.cached: CachedImage | None = None
+        self.holes: HoleMap | None = None
         self.write_version: int | None = None
 
 
@@ -44,8 +46,8 @@ class OpenImages:
     async def open(self, key: Hashable, connect: Connector) -> tuple[OpenImage, bool]:
         """Open the image `key`; `connect` is called if nobody has it open.
 
-        Also returns whether all that earlier opens have read is still what the image holds. Raises what `connect`
-        raises.
+        Also returns whether all that earlier opens have read, in this mount or any, is still what the image holds.
+        Raises what `connect` raises.
         """
         entry = self._entries.setdefault(key, _Entry())
         entry.users += 1
@@ -91,11 +93,13 @@ class OpenImages:
             entry.cached = CachedImage(source, layout)
         entry.cached.source = source
         entry.write_version = version
+        if source.is_constant and entry.holes is None:
+            entry.holes = HoleMap(source.size)
         if state is None:
-            entry.state = OpenState(source, entry.cached)
+            entry.state = OpenState(source, entry.cached, entry.holes)
         else:
             state.cached = entry.cached
-        return unchanged
+        return unchanged or source.is_constant
 
     async def _leave(self, key: Hashable, entry: _Entry) -> None:
         entry.users -= 1
@@ -112,7 +116,8 @@ class OpenImages:
     def _remember(self, key: Hashable, entry: _Entry) -> None:
         """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""
         del self._entries[key]
-        if entry.write_version is not None and entry.cached is not None and entry.cached.objects:
+        is_worth_it = entry.cached is not None and (entry.cached.objects or entry.holes is not None)
+        if entry.write_version is not None and is_worth_it:
             self._entries[key] = entry
         elif entry.cached is not None:
             self._cache.forget(entry.cached)

@@ -21,13 +21,23 @@ class ImageSource(Protocol):
     """Objects; 1 without fancy striping."""
     size: int
     """Bytes, as last heard of the cluster. A HEAD's changes."""
+    is_constant: bool
+    """Whether nothing of it ever changes, neither bytes nor size: a snapshot."""
 
     def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
         """Start to read `length` bytes at the image offset `offset`.
 
         `oncomplete` is called once, later, in the trio thread, with exactly `length` bytes or with an error, never
-        with less. What was started cannot be cancelled. Never raises.
+        with less. Zeros are what the image holds, never what is left of an image or a snapshot that was removed or
+        shrunk: then it is StaleError or BeyondEndError. What was started cannot be cancelled. Never raises.
         """
+
+    def heed(self) -> None:
+        """To be called at each read that is answered without asking: raises StaleError once the image is known to be
+        gone. Asks for that behind the caller's back, every so often."""
+
+    async def verify(self) -> None:
+        """Ask the cluster whether the image is still there. Raises RbdfsError, StaleError where it is gone."""
 
     async def refresh(self) -> int:
         """Ask the cluster for the size. Bytes; raises RbdfsError, StaleError where the image is gone."""

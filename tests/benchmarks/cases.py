@@ -16,6 +16,7 @@ from tests.benchmarks.measures import (
     fio_iops,
     fio_megabytes_per_second,
     hash_is_right,
+    listing_is_whole,
     megabytes_per_second,
     nothing,
     rbd_bench_megabytes_per_second,
@@ -23,7 +24,7 @@ from tests.benchmarks.measures import (
     seconds,
 )
 from tests.benchmarks.peers import QEMU_STORAGE_DAEMON, RBD_FUSE, RBDFS, Server
-from tests.benchmarks.site import FITS, QUARTERS, THIN
+from tests.benchmarks.site import FITS, MANY, QUARTERS, THIN
 
 CACHE_BYTES = 256 << 20
 """The default of `--cache-size`."""
@@ -246,5 +247,14 @@ CASES: Sequence[Case] = (
         replace(_through(RBDFS, "du -s --block-size=1 {folder}", du_is_right, seconds), images=(THIN,)),
         Contender("rbd du", "rbd du --format json -p {pool}", seconds, rbd_du_is_right, images=(THIN,)),
         bar=1.0,
+    ),
+    Case(
+        "ls",
+        "ls -l of a pool of 2,000 images",
+        Unit.SECONDS,
+        replace(_through(RBDFS, "ls -l {folder}", listing_is_whole, seconds), images=(MANY,)),
+        Contender("rbd ls -l", "rbd ls -l {pool}", seconds, listing_is_whole, images=(MANY,)),
+        bar=10,
+        aim=20,
     ),
 )

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from tests.benchmarks.peers import PeerError, Served, Server, environment, served
-from tests.benchmarks.site import BIG, Image, Site
+from tests.benchmarks.site import BIG, MANY_COUNT, Image, Site
 
 TIMEOUT_SECONDS = 300.0
 """For one command; what takes longer has lost."""
@@ -143,6 +143,13 @@ def du_is_right(run: Run) -> None:
 def rbd_du_is_right(run: Run) -> None:
     """The same, as `rbd du --format json` says it."""
     expect_pool_bytes(run, int(json.loads(run.outputs[0])["total_used_size"]))
+
+
+def listing_is_whole(run: Run) -> None:
+    """A line for each image, and one above them."""
+    lines = len(run.outputs[0].splitlines())
+    if lines != MANY_COUNT + 1:
+        raise PeerError(f"lists {lines - 1} images of {MANY_COUNT}")
 
 
 def expect_pool_bytes(run: Run, used: int) -> None:

@@ -7,8 +7,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+import rbd
 
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from tests.ceph import Ceph
@@ -29,6 +33,10 @@ THIN_BYTES = 100 * GIB
 THIN_POOL = "thin"
 THIN_NEIGHBOURS = 9
 """More images in that pool, for `du`: 10 GiB each, of which one object exists."""
+MANY = "many0"
+"""The first of MANY_COUNT empty images, in a pool of their own."""
+MANY_POOL = "many"
+MANY_COUNT = 2000
 
 OBJECT_BYTES = 4 * MIB
 LATENCY = "ms_inject_delay_type = osd\nms_inject_delay_max = 0.02\nms_inject_delay_probability = 1\n"
@@ -97,6 +105,12 @@ def _make(ceph: Ceph, name: str, size: int) -> Iterator[Image]:
         yield _make_thin(ceph, THIN, THIN_BYTES, objects=10)
         for number in range(THIN_NEIGHBOURS):
             yield _make_thin(ceph, f"neighbour{number}", 10 * GIB, objects=1)
+    elif name == MANY:
+        ceph.make_pool(MANY_POOL)
+        with ceph.ioctx(MANY_POOL) as ioctx, ThreadPoolExecutor() as threads:
+            create = partial(rbd.RBD().create, ioctx, size=10 * GIB, old_format=False)
+            list(threads.map(create, (f"many{number}" for number in range(MANY_COUNT))))
+        yield Image(MANY_POOL, MANY, 10 * GIB, 0, "")
     else:
         yield _make_full(ceph, name, {BIG: size, FITS: FITS_BYTES}.get(name, size // len(QUARTERS)))
 

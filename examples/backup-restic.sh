@@ -1,0 +1,42 @@
+#!/bin/bash
+# Back images up with restic: of each a snapshot is taken, read and removed. In the repository an image has the same name
+# each time, and what did not change is not stored again.
+#
+#   export RESTIC_REPOSITORY=... RESTIC_PASSWORD_FILE=...      # as restic has it; once: restic init
+#   ./examples/backup-restic.sh /mnt/rbdfs/rbd/vm1 /mnt/rbdfs/rbd/vm2
+#
+#   restic snapshots --path /rbd/vm1                           # what there is of it
+#   restic dump --path /rbd/vm1 latest /rbd/vm1 >vm1.raw       # get it back
+#
+# The key of the rbd command (CEPH_ARGS, /etc/ceph) must be one that may take snapshots: osd 'profile rbd'.
+set -euo pipefail
+
+die() {
+    echo "backup-restic.sh: $*" >&2
+    exit 1
+}
+
+spec=""
+drop_snapshot() {
+    if [[ -n $spec ]]; then
+        rbd snap rm --no-progress "$spec"
+        spec=""
+    fi
+}
+trap drop_snapshot EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+(($# > 0)) || die "say which images: /mnt/rbdfs/rbd/vm1 ..."
+failed=()
+for image in "$@"; do
+    mount=$(findmnt --noheadings --output TARGET --types fuse.rbdfs --target "$image") ||
+        die "$image is not in an rbdfs mount"
+    name=$(realpath --relative-to="$mount" "$image") # pool/image, or pool/namespace/image
+    snapshot=backup-$(date +%Y%m%d-%H%M%S)-$$
+    rbd snap create --no-progress "$name@$snapshot"
+    spec=$name@$snapshot
+    restic backup --stdin --stdin-filename "/$name" <"$image@$snapshot" || failed+=("$name")
+    drop_snapshot
+done
+((${#failed[@]} == 0)) || die "not backed up: ${failed[*]}"

@@ -1,0 +1,288 @@
+"""Copy one image from its first byte to its last: many reads at a time, holes neither read nor written.
+
+It reads from the `ImageSource` itself, as the object cache does, and not through the cache: an export reads each byte
+once, so all that the cache could do is to hold memory and copy.
+"""
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import trio
+
+from rbdfs.errors import RbdfsError, StaleError
+from rbdfs.image.holes import HoleMap, Kind, Segment
+from rbdfs.image.source import Buffer, ImageSource, ReadResult
+from rbdfs.image.striper import MIB, Layout
+from rbdfs.threads import in_thread, in_thread_to_its_end
+
+log = logging.getLogger(__name__)
+
+WRITES_AT_ONCE = 3
+"""Writes to a target that takes them in any order; more did not make a disk faster."""
+
+WINDOWS_AHEAD = 1
+"""Answers about holes that are asked for before they are needed: without a fast-diff map each takes many requests."""
+
+HOLE_STEP = 64 * MIB
+"""Of a hole that is digested or written as zeros, bytes that one cancel may have to wait for."""
+
+_ZEROS = bytes(MIB)
+
+
+class Target(Protocol):
+    """Where an image is copied to. Its methods block, are called in worker threads, and raise RbdfsError."""
+
+    in_order: bool
+    """Whether writes and skips must come one at a time, in the order of the image, and leave nothing out."""
+    is_blank: bool
+    """Whether what is neither written nor skipped reads as zeros."""
+
+    def may_hold(self, offset: int, length: int) -> bool:
+        """Whether `held` may have the bytes of an earlier copy. Returns at once."""
+
+    def held(self, offset: int, length: int) -> Buffer | None:
+        """The verified bytes of an earlier copy; None if they are not there, or not right."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Bytes of the image, `offset` bytes from its start. Several may be called at once, unless `in_order`."""
+
+    def skip(self, offset: int, length: int) -> None:
+        """A range that reads as zeros."""
+
+
+class Digest(Protocol):
+    """What hashlib makes."""
+
+    def update(self, data: Buffer, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOptions:
+    """How hard to try."""
+
+    concurrency: int
+    """Reads in flight, each of at most 4 MiB (`Layout.transfer`)."""
+    bytes_per_second: int | None = None
+    """How much to read of the cluster in a second; None is no limit."""
+
+
+class Piece:
+    """A part of the image that holds data, on its way: what one aio reads."""
+
+    __slots__ = ("data", "landed", "length", "offset", "uses")
+
+    def __init__(self, offset: int, length: int, uses: int) -> None:
+        self.offset = offset
+        self.length = length
+        self.data: Buffer = b""
+        self.landed = trio.Event()
+        self.uses = uses
+        """How often the data has yet to be used: written, digested."""
+
+
+class Copy:
+    """One copy, and how far it is."""
+
+    def __init__(self, source: ImageSource, target: Target, options: CopyOptions, digest: Digest | None = None) -> None:
+        self.size = source.size
+        self.data_bytes = 0
+        """Data found so far."""
+        self.unknown_bytes = self.size
+        """Of these it is not known yet whether they are data."""
+        self.copied_bytes = 0
+        """Data copied so far; what an earlier copy had done counts."""
+        self._source = source
+        self._target = target
+        self._digest = digest
+        self._transfer = Layout(source.object_size, source.stripe_unit, source.stripe_count).transfer
+        self._has_order = target.in_order or digest is not None
+        self._reads = trio.Semaphore(options.concurrency)
+        self._writes = trio.Semaphore(WRITES_AT_ONCE)
+        self._buffer_count = options.concurrency + WRITES_AT_ONCE + 1
+        self._buffers = trio.Semaphore(self._buffer_count)
+        self._seconds_per_byte = 1 / options.bytes_per_second if options.bytes_per_second else 0.0
+        self._next_read = -math.inf
+        self._started = 0
+        self._used_in_order = 0
+        self._underway: dict[int, Piece] = {}
+        self._nursery: trio.Nursery | None = None
+        self._failure: RbdfsError | None = None
+
+    @property
+    def done_below(self) -> int:
+        """All below this image offset is copied."""
+        return self._used_in_order if self._target.in_order else next(iter(self._underway), self._started)
+
+    async def run(self) -> None:
+        """Copy. Raises the first error of source or target; reads in flight are left to `ImageSource.close`."""
+        ask, asked = trio.open_memory_channel[list[Segment]](WINDOWS_AHEAD)
+        line_up, lined_up = trio.open_memory_channel[Piece | Segment](math.inf)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._start_soon(partial(self._find_data, ask))
+                self._start_soon(partial(self._start_all, asked, line_up))
+                if self._has_order:
+                    self._start_soon(partial(self._use_in_order, lined_up))
+        finally:
+            self._nursery = None
+        if self._failure is not None:
+            raise self._failure
+        size = await self._source.refresh()  # raises if the image is gone: then what was read may be zeros
+        if size < self.size:
+            raise StaleError(f"the image was shrunk from {self.size} to {size} bytes while it was copied")
+
+    def _start_soon(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run in the nursery, if that is still there. The first error ends the copy."""
+        if self._nursery is not None:
+            self._nursery.start_soon(self._guarded, work)
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """No error leaves the nursery, which might wrap it."""
+        try:
+            await work()
+        except RbdfsError as error:
+            self._fail(error)
+
+    def _fail(self, error: RbdfsError) -> None:
+        if self._nursery is not None and self._failure is None:
+            self._failure = error
+            self._nursery.cancel_scope.cancel()
+
+    async def _find_data(self, ask: "trio.MemorySendChannel[list[Segment]]") -> None:
+        async with ask:
+            position = 0
+            while position < self.size:
+                segments = await self._segments(position)
+                self.data_bytes += sum(end - start for start, end, kind in segments if kind is Kind.DATA)
+                self.unknown_bytes -= segments[-1].end - position
+                position = segments[-1].end
+                await ask.send(segments)
+
+    async def _segments(self, position: int) -> list[Segment]:
+        """Data and holes from `position` on, as far as it is cheap to ask at once. What is not answered is data."""
+        holes = HoleMap(self.size)
+        try:
+            window = await self._source.extents_window()
+            end = min(position - position % window + window, self.size)
+            holes.learn(position, end, await self._source.extents(position, end - position))
+        except StaleError:
+            raise
+        except RbdfsError as error:
+            log.warning("from %d on, holes are read like data: %s", position, error)
+            end = self.size
+            holes.learn(position, end, [(position, end - position)])
+        segments = []
+        while position < end:
+            segments.append(holes.at(position))
+            position = segments[-1].end
+        return segments
+
+    async def _start_all(
+        self, asked: "trio.MemoryReceiveChannel[list[Segment]]", line_up: "trio.MemorySendChannel[Piece | Segment]"
+    ) -> None:
+        async with line_up:
+            async for segments in asked:
+                for segment in segments:
+                    if segment.kind is Kind.HOLE:
+                        await self._skip(segment, line_up)
+                    else:
+                        await self._start(segment, line_up)
+        for _ in range(self._buffer_count):  # when all are back, nothing is under way
+            await self._buffers.acquire()
+
+    async def _skip(self, hole: Segment, line_up: "trio.MemorySendChannel[Piece | Segment]") -> None:
+        if self._has_order:
+            line_up.send_nowait(hole)
+        if not self._target.in_order and not self._target.is_blank:
+            await in_thread_to_its_end(self._target.skip, hole.start, hole.end - hole.start)
+        self._started = hole.end
+
+    async def _start(self, data: Segment, line_up: "trio.MemorySendChannel[Piece | Segment]") -> None:
+        start, end, _ = data
+        while start < end:
+            stop = min(end, (start // self._transfer + 1) * self._transfer)
+            await self._buffers.acquire()
+            piece = Piece(start, stop - start, int(not self._target.in_order) + int(self._has_order))
+            self._underway[start] = piece
+            start = self._started = stop
+            if self._has_order:
+                line_up.send_nowait(piece)
+            if self._target.may_hold(piece.offset, piece.length):
+                self._start_soon(partial(self._take_held, piece))
+            else:
+                await self._read(piece)
+
+    async def _take_held(self, piece: Piece) -> None:
+        """What an earlier copy has done need not be done again, if it is right."""
+        async with self._writes:
+            data = await in_thread_to_its_end(self._target.held, piece.offset, piece.length)
+        if data is None:
+            await self._read(piece)
+        else:
+            piece.data = data
+            piece.landed.set()
+            self._used(piece)
+
+    async def _read(self, piece: Piece) -> None:
+        await self._reads.acquire()
+        if self._seconds_per_byte:
+            self._next_read = max(self._next_read, trio.current_time())
+            due, self._next_read = self._next_read, self._next_read + piece.length * self._seconds_per_byte
+            await trio.sleep_until(due)
+        self._source.aio_read(piece.offset, piece.length, partial(self._land, piece))
+
+    def _land(self, piece: Piece, result: ReadResult) -> None:
+        self._reads.release()
+        if isinstance(result, RbdfsError):
+            self._fail(result)
+            return
+        piece.data = result
+        piece.landed.set()
+        if not self._target.in_order:
+            self._start_soon(partial(self._write, piece))
+
+    async def _write(self, piece: Piece) -> None:
+        async with self._writes:
+            await in_thread_to_its_end(self._target.write, piece.offset, piece.data)
+        self._used(piece)
+
+    async def _use_in_order(self, lined_up: "trio.MemoryReceiveChannel[Piece | Segment]") -> None:
+        async for part in lined_up:
+            if isinstance(part, Segment):
+                for start in range(part.start, part.end, HOLE_STEP):
+                    stop = min(start + HOLE_STEP, part.end)
+                    await in_thread(self._skip_in_order, start, stop - start)
+                    self._used_in_order = stop
+            else:
+                await part.landed.wait()
+                # Abandoned if cancelled: the reader of a pipe may never read on.
+                await in_thread(self._digest_and_write, part.offset, part.data)
+                self._used_in_order = part.offset + part.length
+                self._used(part)
+
+    def _skip_in_order(self, offset: int, length: int) -> None:
+        if self._digest is not None:
+            for start in range(0, length, len(_ZEROS)):
+                self._digest.update(_ZEROS[: length - start])
+        if self._target.in_order:
+            self._target.skip(offset, length)
+
+    def _digest_and_write(self, offset: int, data: Buffer) -> None:
+        if self._digest is not None:
+            self._digest.update(data)
+        if self._target.in_order:
+            self._target.write(offset, data)
+
+    def _used(self, piece: Piece) -> None:
+        piece.uses -= 1
+        if piece.uses:
+            return
+        del self._underway[piece.offset]
+        self.copied_bytes += piece.length
+        piece.data = b""
+        self._buffers.release()

@@ -1,0 +1,97 @@
+"""What of an unfinished file is done, so that a later export can go on: a file beside it.
+
+The first line says what is being copied. Then comes a record for each piece that was written: where it is, and a
+checksum of it. Nothing is synced on the way: a record is only a claim, and what it claims is compared with the file
+before it is believed. So it does not matter in which order file and journal reached the disk, or whether they did.
+"""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from rbdfs.errors import TargetError
+
+_RECORD = struct.Struct("<QIII")  # offset, length, the data's CRC-32, the CRC-32 of these three
+
+
+class Origin(NamedTuple):
+    """What is being copied: bytes that never change."""
+
+    cluster: str
+    """Its fsid."""
+    pool_id: int
+    namespace: str
+    image_id: str
+    snapshot_id: int
+    size: int
+    """Bytes."""
+
+
+class Journal:
+    """The journal of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_empty = True
+        """Whether not one piece was written."""
+        self._checksums: dict[tuple[int, int], int] = {}
+
+    def start(self, origin: Origin) -> None:
+        """Begin anew. Raises OSError."""
+        self._checksums = {}
+        with self.path.open("wb") as file:
+            file.write(json.dumps(origin._asdict()).encode() + b"\n")
+        self._file = self.path.open("ab", buffering=0)
+
+    def resume(self, origin: Origin) -> bool:
+        """Take up what an earlier export wrote; False if there is nothing of use.
+
+        Raises OSError, and TargetError if it is another image's.
+        """
+        try:
+            head, newline, records = self.path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return False
+        if not newline:
+            return False
+        try:
+            same = Origin(**json.loads(head)) == origin
+        except (ValueError, TypeError):
+            same = False
+        if not same:
+            raise TargetError(f"{self.path} is of another image, snapshot or size; remove it, and the file beside it")
+        whole = len(records) // _RECORD.size * _RECORD.size
+        for record in _RECORD.iter_unpack(records[:whole]):
+            offset, length, checksum, check = record
+            if check == zlib.crc32(_RECORD.pack(offset, length, checksum, 0)[:-4]):
+                self._checksums[offset, length] = checksum
+                self.is_empty = False
+        self._file = self.path.open("ab", buffering=0)
+        self._file.truncate(len(head) + 1 + whole)  # a record that was cut off
+        return True
+
+    def add(self, offset: int, data: bytes) -> None:
+        """A piece was written. For any thread. Raises OSError."""
+        checksum = zlib.crc32(data)
+        record = _RECORD.pack(offset, len(data), checksum, 0)[:-4]
+        self.is_empty = False
+        self._file.write(record + zlib.crc32(record).to_bytes(4, "little"))
+
+    def claims(self, offset: int, length: int) -> bool:
+        """Whether a piece was written, or so it says."""
+        return (offset, length) in self._checksums
+
+    def confirms(self, offset: int, data: bytes) -> bool:
+        """Whether these are the bytes that were written."""
+        return self._checksums.get((offset, len(data))) == zlib.crc32(data)
+
+    def close(self) -> None:
+        """Keep it."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """The file is whole."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)

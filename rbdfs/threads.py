@@ -1,0 +1,29 @@
+"""Calls that block, made in worker threads, under every trio that rbdfs runs on."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, TypeVarTuple
+
+import trio
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+# trio 0.23 gave the option a new name, and warns of the old one.
+_OPTIONS = inspect.signature(trio.to_thread.run_sync).parameters
+_ABANDON: dict[str, Any] = {"abandon_on_cancel" if "abandon_on_cancel" in _OPTIONS else "cancellable": True}
+
+
+async def in_thread(function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Call a blocking function that releases the GIL, as those of Ceph's bindings do, in a worker thread.
+
+    A cancel abandons the thread: the call goes on, and its result is dropped. What a result must not be dropped of
+    (an image that was opened) is called with `in_thread_to_its_end`.
+    """
+    return await trio.to_thread.run_sync(partial(function, *args), **_ABANDON)
+
+
+async def in_thread_to_its_end(function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """As `in_thread`, but a cancel waits for the call to end."""
+    return await trio.to_thread.run_sync(partial(function, *args))
