@@ -66,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output is gone. Nor can what is buffered of it be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
 
 
 def _split_at_dashes(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_mount(commands)
     _add_export(commands)
+    _add_map(commands)
     _add_devcluster(commands)
     return parser
 
@@ -295,6 +300,32 @@ def _export(options: argparse.Namespace) -> int:
             checksum=options.checksum,
             progress=not options.no_progress,
         )
+    )
+
+
+def _add_map(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "map",
+        help="show where an image's bytes lie: objects, placement groups, OSDs",
+        description="Show in which objects, placement groups and OSDs an image's bytes lie, and which are holes or its "
+        "parent's. A hole over several objects is one row, without an object. Sizes and offsets are in bytes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("image", metavar="IMAGE-SPEC", help="[POOL/[NAMESPACE/]]IMAGE[@SNAPSHOT]")
+    parser.add_argument("--offset", metavar="N", type=_size, default=0, help="where to begin in the image: 0, 12G [0]")
+    parser.add_argument("--length", metavar="N", type=_size, help="how much of it [to the end]")
+    parser.add_argument("--json", action="store_true", help="all of it, for scripts; the table ends after 100 rows")
+    _add_cluster_options(parser)
+    parser.set_defaults(command=_map)
+
+
+def _map(options: argparse.Namespace) -> int:
+    from rbdfs.commands.map import MapOptions, map_image  # noqa: PLC0415  (needs trio, rados and rbd)
+
+    return map_image(
+        MapOptions(_cluster_options(options), options.image, options.offset, options.length, as_json=options.json)
     )
 
 

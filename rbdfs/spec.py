@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rbdfs.errors import UsageError
 
-_SPEC = re.compile(r"(?:(?P<pool>[^/]+)/(?:(?P<namespace>[^/@]+)/)?)?(?P<image>[^@]+)(?:@(?P<snapshot>.+))?")
+_SPEC = re.compile(r"(?:(?P<pool>[^/]+)/(?:(?P<namespace>[^/@]+)/)?)?(?P<image>[^@]+)(?:@(?P<snapshot>.+))?", re.DOTALL)
 """`rbd`'s own pattern for images that are there already (src/tools/rbd/Utils.cc, extract_spec with
 SPEC_VALIDATION_NONE): the pool ends at the first slash, the namespace at the second, the image at the first `@`."""
 

@@ -266,3 +266,70 @@ async def test_holes_that_a_seek_has_found_are_not_read_ahead() -> None:
         assert bytes(await image.read(offset, MIB)) == source.content[offset : offset + MIB]
     assert source.fetched_bytes <= 4 * MIB
     assert bytes(await image.read(20 * MIB, MIB)) == bytes(MIB)
+
+
+@in_trio
+async def test_a_snapshots_holes_are_asked_once_and_reads_in_them_ask_nothing() -> None:
+    source = FakeSource(bytearray(16 * 4096), object_size=4096, is_constant=True)
+    source.content[5 * 4096] = 1
+    cluster = Cluster(source)
+    for _ in range(2):
+        image, unchanged = await cluster.images.open("key", cluster.connect)
+        assert unchanged
+        assert bytes(await image.read(6 * 4096, 10 * 4096)) == bytes(10 * 4096)
+        assert bytes(await image.read(100, 4096)) == bytes(4096)
+        await cluster.images.close("key", image)
+    assert source.aios == []
+    assert source.extents_asked == 1
+    image, _ = await cluster.images.open("key", cluster.connect)
+    assert bytes(await image.read(4 * 4096, 2 * 4096)) == source.content[4 * 4096 : 6 * 4096]
+
+
+@in_trio
+async def test_holes_of_a_head_are_read() -> None:
+    cluster = Cluster(FakeSource(bytearray(16 * 4096), object_size=4096))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    assert await image.seek(0, Kind.DATA) is None
+    assert bytes(await image.read(0, 4096)) == bytes(4096)
+    assert cluster.source.aios
+
+
+@in_trio
+async def test_what_is_cached_of_a_removed_image_is_an_error_once_that_is_known_and_so_is_its_close() -> None:
+    cluster = Cluster(random_source(10_000))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    await image.read(0, 100)
+    await image.flush()
+    cluster.source.gone = True
+    with pytest.raises(StaleError):
+        await image.read(0, 100)
+    cluster.source.gone = False
+    with pytest.raises(StaleError):
+        await image.flush()
+
+
+@in_trio
+async def test_a_close_tells_that_the_image_is_gone_though_no_read_found_it() -> None:
+    cluster = Cluster(random_source(10_000))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    await image.read(0, 100)
+    cluster.source.gone = True
+    with pytest.raises(StaleError):
+        await image.flush()
+
+
+@in_trio
+async def test_an_open_after_a_migration_reads_what_the_image_is_now_and_older_opens_go_over() -> None:
+    cluster = Cluster(random_source(10_000))
+    stale = cluster.source
+    older, _ = await cluster.images.open("key", cluster.connect)
+    await older.read(0, 100)
+    stale.gone = True
+    cluster.source = random_source(10_000)
+    newer, _ = await cluster.images.open("key", cluster.connect)
+    assert stale.closed
+    for image in (newer, older):
+        assert bytes(await image.read(0, 100)) == cluster.source.content[:100]
+    await cluster.images.close("key", older)
+    await cluster.images.close("key", newer)
+    assert cluster.source.closed

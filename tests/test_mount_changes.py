@@ -25,23 +25,30 @@ SECONDS = 8.0
 """Within seconds, on a busy machine."""
 NO_CACHE = ("--direct-io", "--cache-size", "0")
 """So that every read() is one of librbd."""
+HUNG_SECONDS = 240.0
+"""No run of all tests of a mount takes longer."""
 WATCHING_CAPS = ("mon", "profile rbd", "osd", "profile rbd")
 LAYERING = rbd.RBD_FEATURE_LAYERING
 ALL_FEATURES = 61
 
 
-@pytest.fixture(params=[WATCHING_CAPS, READ_ONLY_CAPS], ids=["watching", "read-only caps"])
-def key(request: pytest.FixtureRequest, ceph: Ceph) -> tuple[str, ...]:
-    """The options that mount with a key of its own."""
-    return ceph.credentials(request.param)
+CAPS = pytest.mark.parametrize("caps", [WATCHING_CAPS, READ_ONLY_CAPS], ids=["watching", "read-only caps"])
 
 
-@pytest.fixture
-def bare(mounts: Mounts, key: tuple[str, ...]) -> Mount:
-    """A mount that caches nothing, whose log may hold errors."""
-    mount = mounts(*NO_CACHE, *key)
+@pytest.fixture(scope="module", params=[WATCHING_CAPS, READ_ONLY_CAPS], ids=["watching", "read-only caps"])
+def bare(request: pytest.FixtureRequest, ceph: Ceph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount that caches nothing, with each kind of caps, whose log may hold errors."""
+    arguments = (*NO_CACHE, *ceph.credentials(request.param))
+    mount = Mount(ceph, tmp_path_factory.mktemp("bare"), arguments, "rbdfs")
     mount.expect("ERROR", "WARNING")
-    return mount
+    # A process that waits for a mount cannot be killed: the mount can.
+    watchdog = threading.Timer(HUNG_SECONDS, os.kill, (mount.pid, signal.SIGKILL))
+    watchdog.start()
+    try:
+        yield mount
+    finally:
+        mount.end()
+        watchdog.cancel()
 
 
 @dataclass
@@ -114,14 +121,13 @@ def clone(ceph: Ceph, parent: str, child: str, clone_format: int = 2) -> None:
 
 @pytest.mark.parametrize("features", [ALL_FEATURES, LAYERING], ids=["all features", "layering"])
 @pytest.mark.parametrize("how", ["rm", "trash"])
+@pytest.mark.parametrize("bare", [READ_ONLY_CAPS], indirect=True, ids=["read-only caps"])
 def test_a_removed_image_is_eio_within_seconds_and_never_zeros(
-    ceph: Ceph, mounts: Mounts, features: int, how: str
+    ceph: Ceph, bare: Mount, features: int, how: str
 ) -> None:
-    mount = mounts(*NO_CACHE, *ceph.credentials(READ_ONLY_CAPS))
-    mount.expect("ERROR", "WARNING")
     name, content = ceph.unique("removed"), random_bytes(24 * MIB)
     ceph.make_image(name, content, MIB // 16, features=features)
-    with reading(mount.image(name), content) as result:
+    with reading(bare.image(name), content) as result:
         if how == "rm":
             ceph.run("rbd", "rm", "--no-progress", f"rbd/{name}")
         else:
@@ -138,7 +144,7 @@ def test_a_removed_image_is_eio_within_seconds_and_never_zeros(
             os.close(result.file)
     assert not result.wrong
     assert set(result.errors) <= {errno.EIO, errno.EBADF}
-    assert f"rbd/{name} was removed while it was open" in mount.log
+    assert f"rbd/{name} was removed while it was open" in bare.log
 
 
 @pytest.mark.parametrize("features", [ALL_FEATURES, LAYERING], ids=["all features", "layering"])
@@ -308,16 +314,6 @@ def test_others_are_not_held_up_by_who_reads(ceph: Ceph, bare: Mount) -> None:
             assert os.pread(file.fileno(), MIB, 3 * MIB) == content[3 * MIB :]
 
 
-def test_readers_of_an_image_with_a_journal_leave_its_lock_to_the_writer(ceph: Ceph, bare: Mount) -> None:
-    name, content = ceph.unique("journal"), random_bytes(4 * MIB)
-    ceph.make_image(name, content, features=ALL_FEATURES | rbd.RBD_FEATURE_JOURNALING)
-    with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as writer:
-        writer.write(content[:10], 0)
-        assert writer.is_exclusive_lock_owner()
-        assert bare.image(name).read_bytes() == content
-        assert writer.is_exclusive_lock_owner()
-
-
 def clients(ceph: Ceph, key: tuple[str, ...]) -> list[str]:
     """The addresses of the clients that are connected with a key."""
     sessions = json.loads(ceph.run("ceph", "tell", "mon.a", "sessions", "--format", "json"))
@@ -331,12 +327,16 @@ def blocklist(ceph: Ceph, action: str, addresses: list[str]) -> None:
         ceph.run("ceph", "osd", "blocklist", action, address)
 
 
+@CAPS
 def test_a_blocklisted_client_gets_errors_until_it_is_let_in_again(
-    ceph: Ceph, bare: Mount, key: tuple[str, ...]
+    ceph: Ceph, mounts: Mounts, caps: tuple[str, ...]
 ) -> None:
+    key = ceph.credentials(caps)
+    mount = mounts(*NO_CACHE, *key)
+    mount.expect("ERROR", "WARNING")
     name, content = ceph.unique("blocked"), random_bytes(8 * MIB)
     ceph.make_image(name, content, MIB, features=ALL_FEATURES)
-    with reading(bare.image(name), content) as result:
+    with reading(mount.image(name), content) as result:
         addresses = clients(ceph, key)
         assert len(addresses) == 2
         blocklist(ceph, "add", addresses)
@@ -344,22 +344,26 @@ def test_a_blocklisted_client_gets_errors_until_it_is_let_in_again(
         reads = result.reads
         wait_until(lambda: len(result.errors) > 50)
         assert result.reads == reads
-        assert "the cluster has blocklisted this client" in bare.log
+        assert "the cluster has blocklisted this client" in mount.log
         blocklist(ceph, "rm", addresses)
         wait_until(lambda: result.reads > reads + 50, 60)
     assert not result.wrong
-    with bare.image(name).open("rb") as file:
+    with mount.image(name).open("rb") as file:
         assert file.read() == content
 
 
-def test_a_blocklisted_mount_ends_within_5_s(ceph: Ceph, bare: Mount, key: tuple[str, ...]) -> None:
+@CAPS
+def test_a_blocklisted_mount_ends_within_5_s(ceph: Ceph, mounts: Mounts, caps: tuple[str, ...]) -> None:
+    key = ceph.credentials(caps)
+    mount = mounts(*NO_CACHE, *key)
+    mount.expect("ERROR", "WARNING")
     name, content = ceph.unique("blocked"), random_bytes(8 * MIB)
     ceph.make_image(name, content, MIB, features=ALL_FEATURES)
-    with reading(bare.image(name), content) as result:
+    with reading(mount.image(name), content) as result:
         addresses = clients(ceph, key)
         blocklist(ceph, "add", addresses)
         wait_until(lambda: errno.ESHUTDOWN in result.errors, SECONDS)
-        os.kill(bare.pid, signal.SIGTERM)
-        wait_until(lambda: not bare.is_running, 5)
+        os.kill(mount.pid, signal.SIGTERM)
+        wait_until(lambda: not mount.is_running, 5)
     blocklist(ceph, "rm", addresses)
     assert not result.wrong

@@ -104,12 +104,12 @@ class ReadHandle(Protocol):
 class EventImage:
     """Reads by librbd's event API."""
 
-    def __init__(self, ioctx: librbd.Ioctx, image: ImageRef, *, read_only: bool) -> None:
+    def __init__(self, ioctx: librbd.Ioctx, image: ImageRef) -> None:
         """Blocks. Raises RbdfsError."""
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             self._image: librbd.Image[tuple[Deliver, bytes]] = ioctx.open_image(
-                self._event, image.id, snap_id=image.snapshot_id, read_only=read_only, by_name=image.format == 1
+                self._event, image.id, snap_id=image.snapshot_id, by_name=image.format == 1
             )
         except BaseException:
             os.close(self._event)
@@ -152,10 +152,10 @@ class EventImage:
             os.close(self._event)
 
 
-def open_in_librbd(ioctx: rados.Ioctx, ref: ImageRef, *, read_only: bool) -> rbd.Image:
-    """An image or a snapshot, by Ceph's own binding. Blocks; raises its errors."""
+def open_in_librbd(ioctx: rados.Ioctx, ref: ImageRef) -> rbd.Image:
+    """An image or a snapshot, read-only, by Ceph's own binding. Blocks; raises its errors."""
     which = {"name": ref.id} if ref.format == 1 else {"image_id": ref.id}
-    image = rbd.Image(ioctx, read_only=read_only, **which)
+    image = rbd.Image(ioctx, read_only=True, **which)
     if ref.snapshot_id is not None:
         try:
             image.set_snap_by_id(ref.snapshot_id)
@@ -168,11 +168,11 @@ def open_in_librbd(ioctx: rados.Ioctx, ref: ImageRef, *, read_only: bool) -> rbd
 class CallbackImage:
     """Reads by callbacks of Ceph's own binding."""
 
-    def __init__(self, ioctx: rados.Ioctx, image: ImageRef, handover: Handover, *, read_only: bool) -> None:
+    def __init__(self, ioctx: rados.Ioctx, image: ImageRef, handover: Handover) -> None:
         """Blocks. Raises RbdfsError."""
         self._handover = handover
         with translated(f"open image {image.id}"):
-            self._image = open_in_librbd(ioctx, image, read_only=read_only)
+            self._image = open_in_librbd(ioctx, image)
 
     def start(self) -> None:
         """See `ReadHandle.start`."""

@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import clients, directory, header, librbd
+from rbdfs.ceph import allocation, clients, directory, header, librbd, placement
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -181,15 +181,30 @@ class Cluster:
         """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
         return await in_thread(clients.writers, self._ioctx(image.namespace), image)
 
+    async def allocation(self, image: ImageRef, offset: int, length: int | None) -> allocation.Allocation:
+        """Where a range of an image lies, to its end without a length. Raises RbdfsError."""
+        return await in_thread(allocation.allocation, self._ioctx(image.namespace), image, offset, length)
+
+    async def pool_name(self, pool_id: int) -> str:
+        """What a pool is called now. Raises RbdfsError."""
+        with translated(f"look for pool {pool_id}"):
+            return str(await in_thread(self._rados.pool_reverse_lookup, pool_id))
+
+    async def placements(
+        self, pool_id: int, namespace: str, object_names: Iterable[str]
+    ) -> Mapping[str, tuple[str, list[int]]]:
+        """Of objects in a pool, present or not, the placement group and its acting OSDs. Raises RbdfsError."""
+        return await in_thread(placement.placements, self._rados, pool_id, namespace, set(object_names))
+
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
         ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
         read_ioctx = self._read_ioctx(image.namespace)
 
-        def open_handle(read_only: bool) -> ReadHandle:
+        def open_handle() -> ReadHandle:
             if not self._by_events:
-                return CallbackImage(ioctx, image, self._handover, read_only=read_only)
-            return EventImage(read_ioctx, image, read_only=read_only)
+                return CallbackImage(ioctx, image, self._handover)
+            return EventImage(read_ioctx, image)
 
         asks = Asks(self._operations, read_ioctx)
         try:
@@ -205,7 +220,7 @@ class Cluster:
 
     def _open_to_ask(self, image: ImageRef) -> rbd.Image:
         """Blocks; raises rbd's errors."""
-        return open_in_librbd(self._ioctx(image.namespace), image, read_only=True)
+        return open_in_librbd(self._ioctx(image.namespace), image)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""

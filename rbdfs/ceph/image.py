@@ -14,8 +14,18 @@ import trio
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import header, librbd
 from rbdfs.ceph.aio import Handover, ReadHandle, in_thread, in_thread_to_its_end
-from rbdfs.ceph.changes import GET_LOCK_INFO, Format1Look, HeadLook, Look, Looks, SnapshotLook, locked_by
+from rbdfs.ceph.changes import (
+    GET_LOCK_INFO,
+    SNAPSHOT_SECONDS,
+    Format1Look,
+    HeadLook,
+    Look,
+    Looks,
+    SnapshotLook,
+    locked_by,
+)
 from rbdfs.ceph.errors import reason_of, translated
+from rbdfs.ceph.header_watch import HeaderWatch
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
@@ -27,8 +37,8 @@ Ts = TypeVarTuple("Ts")
 
 OnComplete = Callable[[bytes | RbdfsError], None]
 
-OpenHandle = Callable[[bool], ReadHandle]
-"""Opens an image in librbd, read-only if told so; blocks, raises RbdfsError."""
+OpenHandle = Callable[[], ReadHandle]
+"""Opens an image in librbd; blocks, raises RbdfsError."""
 
 _MAP_INVALID = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 
@@ -52,12 +62,10 @@ class Asks(NamedTuple):
 class CephImage:
     """An image or a snapshot that is open in librbd: an `ImageSource` (rbdfs/image/source.py).
 
-    Where the key allows it, HEAD is open as for writing, though nothing is ever written: only so does librbd hold a
-    watch, and only with a watch is `rbd rm` refused meanwhile, and do reads follow a resize. `osd 'profile
-    rbd-read-only'` allows no watch; then it is open read-only, and opened anew when the size has changed. So is an
-    image with a journal, whose readers librbd makes take the exclusive lock, away from the VM that writes: we watch it
-    ourselves. A snapshot is open read-only, without a watch: it does not change, and a watch does not hold off its
-    removal.
+    It is open read-only, always: open as for writing, librbd takes the exclusive lock to list extents, and of an image
+    with a journal even to read, away from the VM that writes to it. Read-only, librbd hears of nothing that others do,
+    so we look ourselves (changes.py), open the image anew when its size has changed, and watch it where the key allows
+    that: only so is `rbd rm` refused meanwhile. A snapshot is not watched, which would not hold off its removal.
     """
 
     def __init__(
@@ -72,15 +80,13 @@ class CephImage:
         """To be followed by `_open`; `open` does both. `ioctx` is closed with the image."""
         self.spec = spec
         self.is_constant = image.snapshot_id is not None
-        self.is_watched = False
-        self._is_read_only = self.is_constant
+        self.watch: HeaderWatch | None = None
         self._image = image
         self._header = header.object_of(image)
         self._ioctx = ioctx
         self._asks = asks
         self._handover = handover
         self._open_handle = open_handle
-        self._watch: rados.Watch | None = None
         self._in_flight: dict[ReadHandle, int] = {}
         self._one_is_idle = trio.Event()
         self._resizing = trio.Lock()
@@ -95,12 +101,12 @@ class CephImage:
         handover: Handover,
         open_handle: OpenHandle,
     ) -> "CephImage":
-        """Open the image by `open_handle(read_only)`, which blocks. `ioctx` is given away. Raises RbdfsError."""
+        """Open the image by `open_handle`, which blocks. `ioctx` is given away. Raises RbdfsError."""
         opened = cls(spec, image, ioctx, asks, handover, open_handle)
         try:
             features = await opened._features()
-            if features & rbd.RBD_FEATURE_JOURNALING:
-                opened._is_read_only = True
+            if not opened.is_constant:
+                opened.watch = await HeaderWatch.begin(spec, ioctx, opened._header, handover)
             await opened._open()
             try:
                 await opened._begin_to_look(features)
@@ -110,22 +116,18 @@ class CephImage:
                 raise
         except BaseException:
             with trio.CancelScope(shield=True):
-                await opened._unwatch()
+                if opened.watch is not None:
+                    await opened.watch.aclose()
             ioctx.close()
             raise
         return opened
 
     async def _features(self) -> int:
-        """Of the image. Raises RbdfsError: EIO where the image has a name and no header."""
+        """Of the image. Raises RbdfsError: ENOENT where there is no header."""
         if self._image.format == 1:
             return 0
         call = Call(b"get_features", struct.pack("<QB", header.HEAD, 1))
         reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, (call,)))
-        if reply.result == -errno.ENOENT:
-            raise RbdfsError(
-                f"cannot open {self.spec}: its header object {self._header} is missing; "
-                "the image is broken, or was just removed"
-            )
         (features,) = struct.unpack_from("<Q", reply.answer(0, f"open {self.spec}"))
         return int(features)
 
@@ -158,33 +160,8 @@ class CephImage:
         return f"; it is a clone: the key must be allowed to read its parent as well, {where}"
 
     def _open_and_look(self) -> tuple[ReadHandle, librbd.ImageInfo]:
-        if not self._is_read_only:
-            try:
-                handle = self._open_handle(False)
-            except RbdfsError as error:
-                if error.errno != errno.EPERM:
-                    raise
-                log.info("%s: the key may not watch the image, so nothing holds off its removal", self.spec)
-                self._is_read_only = True
-            else:
-                self.is_watched = True
-                return handle, handle.info()
-        elif not self.is_constant and self._watch is None:
-            self._watch_ourselves()
-        handle = self._open_handle(True)
+        handle = self._open_handle()
         return handle, handle.info()
-
-    def _watch_ourselves(self) -> None:
-        """Hold off the image's removal by a watch without librbd; what comes by it is acknowledged, and no more."""
-
-        def lost(_: int) -> None:
-            log.info("%s: the watch was lost, so nothing holds off its removal now", self.spec)
-
-        try:
-            self._watch = self._ioctx.watch(self._header, lambda *_: None, lost)
-            self.is_watched = True
-        except rados.Error as error:
-            log.info("%s: the image cannot be watched (%s), so nothing holds off its removal", self.spec, error)
 
     async def _begin_to_look(self, features: int) -> None:
         operations, ioctx = self._asks
@@ -194,12 +171,7 @@ class CephImage:
         elif self.is_constant:
             look = SnapshotLook(self.spec, self._image, operations, ioctx, size=self.size, features=features)
         else:
-            follows = not self._is_read_only
-            look = HeadLook(
-                *(self.spec, self._image, operations, ioctx, self._watchers),
-                features=features,
-                follows_migration=follows,
-            )
+            look = HeadLook(self.spec, self._image, operations, ioctx, self._watchers, features=features)
         self._looks = Looks(look)
         await self._looks.begin()
 
@@ -216,7 +188,7 @@ class CephImage:
         self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
     ) -> None:
         if result == length:
-            if self.is_constant or self._may_miss_objects(offset, data):
+            if self._is_in_doubt(offset, data):
                 self._looks.ask(partial(self._finish_if_in_place, handle, offset, oncomplete, data))
             else:
                 self._ended(handle)
@@ -229,8 +201,10 @@ class CephImage:
         else:
             oncomplete(ReadError(f"{what}: {reason_of(-result)}", -result))
 
-    def _may_miss_objects(self, offset: int, data: bytes) -> bool:
-        """Whether an object in this range may have been removed, or cut: then its last byte here is zero."""
+    def _is_in_doubt(self, offset: int, data: bytes) -> bool:
+        """Whether these may not be the image's bytes: an object of HEAD that was removed or cut ends with a zero."""
+        if self.is_constant:
+            return trio.current_time() - self._looks.in_place > SNAPSHOT_SECONDS
         if not data[-1]:
             return True
         return 0 in data[self.stripe_unit - 1 - offset % self.stripe_unit :: self.stripe_unit]
@@ -278,6 +252,8 @@ class CephImage:
             handle = self._handle
             self._in_flight[handle] += 1
             looks.ask(lambda _: self._ended(handle))
+            if self.watch is not None:
+                self.watch.renew_if_lost()
 
     async def verify(self) -> None:
         """See `ImageSource.verify`."""
@@ -295,7 +271,7 @@ class CephImage:
             async with self._resizing:
                 size = await self._ask_size()
                 if size != self.size:
-                    await self._follow_resize()
+                    await self._open_anew()  # librbd clips reads to the size that it knows
                     self.size = size
         return self.size
 
@@ -303,13 +279,6 @@ class CephImage:
         if self._looks.stale is not None:
             raise self._looks.stale
         return (await self._looks.look()).size
-
-    async def _follow_resize(self) -> None:
-        if not self._is_read_only:
-            # librbd clips a read to the size that it knows before it looks at the header: this makes it look.
-            await self._blocking(self._handle.info)
-            return
-        await self._open_anew()
 
     async def _open_anew(self) -> None:
         stale = self._handle
@@ -332,7 +301,7 @@ class CephImage:
         """
         with translated(f"ask for the features of {self.spec}"):
             info = await self._blocking(self._handle.info)
-            if self._is_read_only and not info.flags & _MAP_INVALID and await self._flags() & _MAP_INVALID:
+            if not info.flags & _MAP_INVALID and await self._flags() & _MAP_INVALID:
                 await self._open_anew()  # librbd would still believe the maps
                 info = await self._blocking(self._handle.info)
         if info.features & rbd.RBD_FEATURE_FAST_DIFF and not info.flags & _MAP_INVALID:
@@ -342,26 +311,11 @@ class CephImage:
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ImageSource.extents`: `rbd_diff_iterate2` from the beginning of time, by whole objects."""
         with translated(f"ask where {self.spec} holds data"):
-            found = await self._list_extents(offset, length)
+            found = await self._blocking(self._handle.extents, offset, length)
         # What was removed is no hole.
         if await self._looks.settled_size() < offset + length:
             raise BeyondEndError(f"cannot ask where {self.spec} holds data: it was shrunk meanwhile")
         return found
-
-    async def _list_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """By a handle that is open read-only.
-
-        Before it lists, librbd flushes what was written, and for that takes the exclusive lock of an image that is open
-        for writing: away from the VM that has it (seen with 16.2).
-        """
-        if self._is_read_only:
-            return await self._blocking(self._handle.extents, offset, length)
-        handle = await in_thread_to_its_end(self._open_handle, True)
-        try:
-            return await in_thread_to_its_end(handle.extents, offset, length)
-        finally:
-            with trio.CancelScope(shield=True):
-                await handle.aclose()
 
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`.
@@ -391,15 +345,9 @@ class CephImage:
     async def close(self) -> None:
         """See `ImageSource.close`."""
         await self._close_handle(self._handle)
-        await self._unwatch()
+        if self.watch is not None:
+            await self.watch.aclose()
         self._ioctx.close()
-
-    async def _unwatch(self) -> None:
-        if self._watch is not None:
-            try:
-                await in_thread_to_its_end(self._watch.close)
-            except rados.Error as error:
-                log.warning("%s: the watch could not be given back: %s", self.spec, error)
 
     async def _close_handle(self, handle: ReadHandle) -> None:
         while self._in_flight[handle]:

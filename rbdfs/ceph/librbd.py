@@ -98,9 +98,7 @@ _rados_ioctx_set_namespace = _bind(_librados, "rados_ioctx_set_namespace", None,
 _rados_ioctx_destroy = _bind(_librados, "rados_ioctx_destroy", None, c_void_p)
 
 _OPEN = (c_void_p, c_char_p, _HANDLE, c_char_p)
-_rbd_open_by_id = _bind(_librbd, "rbd_open_by_id", c_int, *_OPEN)
 _rbd_open_by_id_read_only = _bind(_librbd, "rbd_open_by_id_read_only", c_int, *_OPEN)
-_rbd_open = _bind(_librbd, "rbd_open", c_int, *_OPEN)
 _rbd_open_read_only = _bind(_librbd, "rbd_open_read_only", c_int, *_OPEN)
 _rbd_snap_set_by_id = _bind(_librbd, "rbd_snap_set_by_id", c_int, c_void_p, c_uint64)
 _rbd_close = _bind(_librbd, "rbd_close", c_int, c_void_p)
@@ -234,24 +232,15 @@ class Ioctx:
         return self._handle
 
     def open_image(
-        self,
-        event_fd: int,
-        image_id: str,
-        *,
-        snap_id: int | None = None,
-        read_only: bool = False,
-        by_name: bool = False,
+        self, event_fd: int, image_id: str, *, snap_id: int | None = None, by_name: bool = False
     ) -> "Image[Token]":
-        """Open an image at a snapshot or at HEAD; `by_name` takes its name for `image_id` (format 1 has no ids).
+        """Open an image at a snapshot or at HEAD, read-only; `by_name` takes its name for `image_id` (format 1).
 
         `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not
-        check it: with a wrong one, completions are never announced. `read_only` opens without a watch: an image that
-        is then removed reads as zeros, without an error.
+        check it: with a wrong one, completions are never announced. The image is not watched: one that is then removed
+        reads as zeros, without an error.
         """
-        if by_name:
-            function = _rbd_open_read_only if read_only else _rbd_open
-        else:
-            function = _rbd_open_by_id_read_only if read_only else _rbd_open_by_id
+        function = _rbd_open_read_only if by_name else _rbd_open_by_id_read_only
         handle = c_void_p()
         _check(function(self._handle, os.fsencode(image_id), byref(handle), None), f"cannot open image {image_id}")
         try:

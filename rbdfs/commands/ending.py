@@ -15,23 +15,29 @@ STOP_SECONDS = 4.0
 """How long a stop waits for reads in flight and for images to close, before it ends the process all the same."""
 
 
-async def until_signalled(work: Callable[[], Awaitable[None]]) -> signal.Signals | None:
-    """Do the work, to its end or until SIGINT, SIGTERM or SIGHUP cancels it: that signal, None if it came to its end.
+async def until_signalled(
+    work: Callable[[], Awaitable[None]], end: Callable[[signal.Signals | None], Awaitable[None]]
+) -> None:
+    """Do the work, to its end or until SIGINT, SIGTERM or SIGHUP cancels it; then end it, which no signal cuts short.
 
-    What the work raises comes out of a nursery, maybe wrapped: it should raise nothing.
+    `end` is given the signal, None if the work came to its end. The work must raise nothing: it would come out of a
+    nursery, maybe wrapped.
     """
     received: list[signal.Signals] = []
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
+            working = trio.CancelScope()
 
-            async def stop_at_signal() -> None:
-                received.append(signal.Signals(await anext(signals)))
-                nursery.cancel_scope.cancel()
+            async def listen() -> None:
+                async for number in signals:
+                    received.append(signal.Signals(number))
+                    working.cancel()
 
-            nursery.start_soon(stop_at_signal)
-            await work()
+            nursery.start_soon(listen)
+            with working:
+                await work()
+            await end(received[0] if working.cancelled_caught else None)
             nursery.cancel_scope.cancel()
-    return received[0] if received else None
 
 
 @contextmanager

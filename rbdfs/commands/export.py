@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,24 +82,28 @@ class _Export:
         self._output: Output | None = None
         self._copy: Copy | None = None
         self._failure: RbdfsError | None = None
+        self._began = 0.0
+        self._status = 0
 
     async def run(self) -> int:
         """The exit status."""
-        began = trio.current_time()
-        signalled = await until_signalled(self._work)
-        status = SIGNALLED + signalled if signalled else FAILED if self._failure else 0
+        self._began = trio.current_time()
+        await until_signalled(self._work, self._end)
+        return self._status
+
+    async def _end(self, signalled: signal.Signals | None) -> None:
+        self._status = SIGNALLED + signalled if signalled else FAILED if self._failure else 0
         if signalled:
             self._tell_failure(f"stopped by {signalled.name}")
         elif self._failure:
             self._tell_failure(str(self._failure))
         elif self._copy is not None:
-            self._tell_success(self._copy, trio.current_time() - began)
-        with exit_at_the_latest(status):
+            self._tell_success(self._copy, trio.current_time() - self._began)
+        with exit_at_the_latest(self._status):
             if self._source is not None:
                 await self._source.close()
             if self._cluster is not None:
                 await self._cluster.aclose()
-        return status
 
     async def _work(self) -> None:
         """Raises nothing that is understood: `self._failure` has it."""
@@ -162,10 +167,12 @@ class _Export:
             nursery.cancel_scope.cancel()
 
     def _tell_failure(self, why: str) -> None:
-        offset = f" at offset {self._copy.done_below}" if self._copy is not None else ""
-        rest = self._output.abandon() if self._output is not None else ""
+        if self._copy is not None:
+            why += f"; the copy of {self._spec} ended at offset {self._copy.done_below}"
+        if self._output is not None and (rest := self._output.abandon()):
+            why += f"; {rest}"
         self._output = None
-        _tell(f"{why}; the copy of {self._spec} ended{offset}{'; ' if rest else ''}{rest}")
+        _tell(why)
 
     def _tell_success(self, copy: Copy, seconds: float) -> None:
         if self._digest is not None:

@@ -7,6 +7,7 @@ once, so all that the cache could do is to hold memory and copy.
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -17,6 +18,7 @@ from rbdfs.errors import RbdfsError, StaleError
 from rbdfs.image.holes import HoleMap, Kind, Segment
 from rbdfs.image.source import Buffer, ImageSource, ReadResult
 from rbdfs.image.striper import MIB, Layout
+from rbdfs.image.throttle import Throttle
 from rbdfs.threads import in_thread, in_thread_to_its_end
 
 log = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ class Copy:
         self._digest = digest
         self._transfer = Layout(source.object_size, source.stripe_unit, source.stripe_count).transfer
         self._has_order = target.in_order or digest is not None
-        self._reads = trio.Semaphore(options.concurrency)
+        self._reads = Throttle(options.concurrency, options.concurrency * self._transfer)
         self._writes = trio.Semaphore(WRITES_AT_ONCE)
         self._buffer_count = options.concurrency + WRITES_AT_ONCE + 1
         self._buffers = trio.Semaphore(self._buffer_count)
@@ -147,6 +149,9 @@ class Copy:
             await work()
         except RbdfsError as error:
             self._fail(error)
+        except trio.Cancelled:
+            self._nursery = None  # it takes nothing more, of what lands from now on
+            raise
 
     def _fail(self, error: RbdfsError) -> None:
         if self._nursery is not None and self._failure is None:
@@ -229,18 +234,20 @@ class Copy:
             self._used(piece)
 
     async def _read(self, piece: Piece) -> None:
-        await self._reads.acquire()
         if self._seconds_per_byte:
             self._next_read = max(self._next_read, trio.current_time())
             due, self._next_read = self._next_read, self._next_read + piece.length * self._seconds_per_byte
             await trio.sleep_until(due)
-        self._source.aio_read(piece.offset, piece.length, partial(self._land, piece))
+        start = partial(self._source.aio_read, piece.offset, piece.length, partial(self._land, piece))
+        self._reads.submit(piece, piece.length, start, urgent=True)
 
     def _land(self, piece: Piece, result: ReadResult) -> None:
-        self._reads.release()
+        if self._nursery is None:
+            return
         if isinstance(result, RbdfsError):
             self._fail(result)
             return
+        self._reads.done(piece.length)  # which starts the next
         piece.data = result
         piece.landed.set()
         if not self._target.in_order:
@@ -252,18 +259,35 @@ class Copy:
         self._used(piece)
 
     async def _use_in_order(self, lined_up: "trio.MemoryReceiveChannel[Piece | Segment]") -> None:
-        async for part in lined_up:
+        following: Piece | Segment | None = None
+        while True:
+            try:
+                part = following or await lined_up.receive()
+            except trio.EndOfChannel:
+                return
+            following = None
             if isinstance(part, Segment):
-                for start in range(part.start, part.end, HOLE_STEP):
-                    stop = min(start + HOLE_STEP, part.end)
-                    await in_thread(self._skip_in_order, start, stop - start)
-                    self._used_in_order = stop
-            else:
-                await part.landed.wait()
-                # Abandoned if cancelled: the reader of a pipe may never read on.
-                await in_thread(self._digest_and_write, part.offset, part.data)
-                self._used_in_order = part.offset + part.length
-                self._used(part)
+                await self._use_hole(part)
+                continue
+            await part.landed.wait()
+            landed = [part]  # and all that follow it: a thread of its own for each would take half as long again
+            with suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:
+                    following = lined_up.receive_nowait()
+                    if isinstance(following, Segment) or not following.landed.is_set():
+                        break
+                    landed.append(following)
+                    following = None
+            # Abandoned if cancelled: the reader of a pipe may never read on.
+            await in_thread(self._digest_and_write, landed)
+            for piece in landed:
+                self._used(piece)
+
+    async def _use_hole(self, hole: Segment) -> None:
+        for start in range(hole.start, hole.end, HOLE_STEP):
+            stop = min(start + HOLE_STEP, hole.end)
+            await in_thread(self._skip_in_order, start, stop - start)
+            self._used_in_order = stop
 
     def _skip_in_order(self, offset: int, length: int) -> None:
         if self._digest is not None:
@@ -272,11 +296,13 @@ class Copy:
         if self._target.in_order:
             self._target.skip(offset, length)
 
-    def _digest_and_write(self, offset: int, data: Buffer) -> None:
-        if self._digest is not None:
-            self._digest.update(data)
-        if self._target.in_order:
-            self._target.write(offset, data)
+    def _digest_and_write(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            if self._digest is not None:
+                self._digest.update(piece.data)
+            if self._target.in_order:
+                self._target.write(piece.offset, piece.data)
+            self._used_in_order = piece.offset + piece.length
 
     def _used(self, piece: Piece) -> None:
         piece.uses -= 1

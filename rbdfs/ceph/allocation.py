@@ -1,0 +1,78 @@
+"""What an image's objects are called, and which of its bytes are its own, its parent's, or nobody's."""
+
+from dataclasses import dataclass
+
+import rados
+import rbd
+
+from rbdfs.catalog import ImageRef
+from rbdfs.ceph.errors import translated
+
+Ranges = list[tuple[int, int]]
+"""(image offset, length) pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """An image or snapshot as it is now. Sizes in bytes."""
+
+    size: int
+    object_size: int
+    stripe_unit: int
+    stripe_count: int
+    object_prefix: str
+    object_digits: int
+    """Of the object number, in hexadecimal, in an object's name."""
+    data_pool_id: int
+    parent: str
+    """As an image spec; empty for what is no clone."""
+    own: Ranges
+    """What it holds itself, in whole objects."""
+    shown: Ranges
+    """That, and what its parent holds."""
+
+    def object_name(self, number: int) -> str:
+        """What an object is called in the data pool."""
+        return f"{self.object_prefix}.{number:0{self.object_digits}x}"
+
+
+def allocation(ioctx: rados.Ioctx, image: ImageRef, offset: int, length: int | None) -> Allocation:
+    """Of a range of an image; to its end without a length. Blocks. Raises RbdfsError.
+
+    By an image that is open read-only: to list extents librbd takes the exclusive lock of one that is not.
+    """
+    which = {"name": image.id} if image.format == 1 else {"image_id": image.id}
+    with translated(f"ask where image {image.id} lies"), rbd.Image(ioctx, read_only=True, **which) as opened:
+        if image.snapshot_id is not None:
+            opened.set_snap_by_id(image.snapshot_id)
+        stat = opened.stat()
+        length = max(0, min(stat["size"] - offset, stat["size"] if length is None else length))
+        own = _ranges(opened, offset, length, include_parent=False)
+        try:
+            spec = opened.get_parent_image_spec()
+            namespace = f"{spec['pool_namespace']}/" if spec["pool_namespace"] else ""
+            parent = f"{spec['pool_name']}/{namespace}{spec['image_name']}@{spec['snap_name']}"
+            shown = _ranges(opened, offset, length, include_parent=True)
+        except rbd.ImageNotFound:
+            parent, shown = "", own
+        return Allocation(
+            size=stat["size"],
+            object_size=1 << stat["order"],
+            stripe_unit=opened.stripe_unit(),
+            stripe_count=opened.stripe_count(),
+            object_prefix=stat["block_name_prefix"],
+            object_digits=12 if image.format == 1 else 16,
+            data_pool_id=opened.data_pool_id(),
+            parent=parent,
+            own=own,
+            shown=shown,
+        )
+
+
+def _ranges(image: rbd.Image, offset: int, length: int, *, include_parent: bool) -> Ranges:
+    found: Ranges = []
+    if length:
+        image.diff_iterate(
+            offset, length, None, lambda start, count, _exists: found.append((start, count)), include_parent, True
+        )
+    return found

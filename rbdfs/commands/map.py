@@ -1,0 +1,210 @@
+"""`rbdfs map`: where an image's bytes lie: extents → objects → placement groups → OSDs."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import trio
+
+from rbdfs.ceph.allocation import Allocation
+from rbdfs.ceph.cluster import Cluster
+from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.commands.find import find
+from rbdfs.commands.picture import legend, picture
+from rbdfs.commands.units import in_units
+from rbdfs.errors import RbdfsError, UsageError
+from rbdfs.image.holes import HoleMap, Kind
+from rbdfs.image.striper import Layout, ObjectExtent, file_to_extents
+from rbdfs.spec import ImageSpec
+
+ROWS = 100
+"""As many as a person reads; the rest is counted."""
+
+DATA, HOLE, PARENT = "data", "hole", "parent"
+
+
+@dataclass(frozen=True, slots=True)
+class MapOptions:
+    """What `rbdfs map` was asked for. Offset and length in bytes of the image; no length is all the rest."""
+
+    cluster: ClusterOptions
+    image: str
+    offset: int
+    length: int | None
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A piece of the image that lies in one object, or a hole over several, of which none is named."""
+
+    offset: int
+    length: int
+    kind: str
+    object_no: int | None = None
+    object: str | None = None
+    object_offset: int | None = None
+    pg: str | None = None
+    osds: Sequence[int] | None = None
+    """The acting set, the primary first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """An image, and the rows that were asked for."""
+
+    spec: ImageSpec
+    data_pool: str
+    allocation: Allocation
+    start: int
+    end: int
+    """Bytes of the image."""
+    rows: Sequence[Row]
+    rows_left_out: int
+
+
+def map_image(options: MapOptions) -> int:
+    """Print it. The exit status. Raises RbdfsError."""
+    spec = ImageSpec.parse(options.image, default_pool="")
+    found = trio.run(_map, options, spec)
+    if isinstance(found, RbdfsError):
+        raise found
+    for line in _as_json(found) if options.as_json else _as_table(found):
+        print(line)
+    return 0
+
+
+async def _map(options: MapOptions, spec: ImageSpec) -> Mapped | RbdfsError:
+    try:
+        cluster = await Cluster.connect(options.cluster, (spec.pool,) if spec.pool else ())
+    except RbdfsError as error:
+        return error
+    try:
+        return await _look(cluster, options, spec)
+    except RbdfsError as error:
+        return error
+    finally:
+        with trio.CancelScope(shield=True):
+            await cluster.aclose()
+
+
+async def _look(cluster: Cluster, options: MapOptions, spec: ImageSpec) -> Mapped:
+    if not spec.pool:
+        spec = replace(spec, pool=cluster.setting("rbd_default_pool"))
+    image = await find(cluster, spec)
+    found = await cluster.allocation(image, options.offset, options.length)
+    if options.offset and options.offset >= found.size:
+        raise UsageError(f"{spec} ends at {found.size}, before --offset {options.offset}")
+    end = found.size if options.length is None else min(found.size, options.offset + options.length)
+    rows = list(_rows(found, options.offset, end))
+    left_out = 0 if options.as_json else max(0, len(rows) - ROWS)
+    rows = rows[: len(rows) - left_out]
+    names = {row.object for row in rows if row.object is not None}
+    placed = await cluster.placements(found.data_pool_id, spec.namespace, names)
+    rows = [row if row.object is None else _placed(row, placed[row.object]) for row in rows]
+    return Mapped(spec, await cluster.pool_name(found.data_pool_id), found, options.offset, end, rows, left_out)
+
+
+def _placed(row: Row, place: tuple[str, Sequence[int]]) -> Row:
+    pg, osds = place
+    return replace(row, pg=pg, osds=osds)
+
+
+def _rows(found: Allocation, start: int, end: int) -> Iterator[Row]:
+    layout = Layout(found.object_size, found.stripe_unit, found.stripe_count)
+    for first, last, kind in _segments(found, start, end):
+        extents = file_to_extents(layout, first, last - first) if kind != HOLE or _is_small(layout, first, last) else []
+        if kind == HOLE and len(extents) != 1:
+            yield Row(first, last - first, HOLE)
+        else:
+            yield from (_row(found, kind, extent) for extent in extents)
+
+
+def _is_small(layout: Layout, start: int, end: int) -> bool:
+    """Whether a range may lie in one object."""
+    return end - start <= layout.object_size
+
+
+def _row(found: Allocation, kind: str, extent: ObjectExtent) -> Row:
+    number, offset, length, image_offset = extent
+    return Row(image_offset, length, kind, number, found.object_name(number), offset)
+
+
+def _segments(found: Allocation, start: int, end: int) -> Iterator[tuple[int, int, str]]:
+    """What lies where, in order; it begins and ends where the range does."""
+    own, shown = HoleMap(found.size), HoleMap(found.size)
+    own.learn(start, end, found.own)
+    shown.learn(start, end, found.shown)
+    while start < end:
+        mine, seen = own.at(start), shown.at(start)
+        stop = min(mine.end, seen.end, end)
+        kind = DATA if mine.kind is Kind.DATA else PARENT if seen.kind is Kind.DATA else HOLE
+        yield start, stop, kind
+        start = stop
+
+
+def _as_json(found: Mapped) -> Iterator[str]:
+    facts = found.allocation
+    head = {
+        "image": str(found.spec),
+        "size": facts.size,
+        "object_size": facts.object_size,
+        "stripe_unit": facts.stripe_unit,
+        "stripe_count": facts.stripe_count,
+        "object_prefix": facts.object_prefix,
+        "data_pool": found.data_pool,
+        "parent": facts.parent or None,
+    }
+    yield json.dumps(head)[:-1] + ', "extents": ['
+    last = len(found.rows) - 1
+    for number, row in enumerate(found.rows):
+        yield json.dumps(asdict(row)) + ("," if number < last else "")
+    yield "]}"
+
+
+def _as_table(found: Mapped) -> Iterator[str]:
+    facts, encoding = found.allocation, sys.stdout.encoding
+    striped = f", striped by {in_units(facts.stripe_unit)} over {facts.stripe_count}" if facts.stripe_count > 1 else ""
+    yield (
+        f"{found.spec}: {in_units(facts.size)} in objects of {in_units(facts.object_size)}{striped}, "
+        f"{facts.object_prefix}.* in pool {found.data_pool}"
+    )
+    if facts.parent:
+        yield f"a clone of {facts.parent}"
+    width = shutil.get_terminal_size().columns
+    cells, cell_bytes = picture(
+        found.start, found.end, facts.object_size, facts.own, facts.shown, width, encoding
+    )
+    yield cells
+    yield legend(encoding, in_units(cell_bytes))
+    yield ""
+    yield from _columns(found.rows)
+    if found.rows_left_out:
+        yield f"and {found.rows_left_out} more: choose with --offset and --length, or take --json"
+
+
+def _columns(rows: Iterable[Row]) -> Iterator[str]:
+    head = ("OFFSET", "LENGTH", "WHAT", "OBJECT", "NAME", "AT", "PG", "OSDS")
+    lines = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    right = (True, True, False, True, False, True, False, False)
+    for line in lines:
+        cells = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    where = (row.object_no, row.object, row.object_offset, row.pg)
+    osds = "" if row.osds is None else ",".join(map(str, row.osds))
+    return (
+        str(row.offset),
+        str(row.length),
+        row.kind,
+        *("" if cell is None else str(cell) for cell in where),
+        osds,
+    )
