@@ -7,9 +7,10 @@ fast. What completes comes over the thread boundary as `aio` describes it.
 
 import ctypes
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
-from functools import partial
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -63,6 +64,11 @@ _exec = _bind(
 )
 _stat = _bind("rados_read_op_stat", None, *(c_void_p, c_void_p, c_void_p, c_void_p))
 _read = _bind("rados_read_op_read", None, *(c_void_p, c_uint64, c_size_t, c_void_p, c_void_p, c_void_p))
+_get_values = _bind(
+    "rados_read_op_omap_get_vals_by_keys2", None, *(c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_void_p)
+)
+_next_value = _bind("rados_omap_get_next2", c_int, *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p))
+_end_values = _bind("rados_omap_get_end", None, c_void_p)
 _set_flags = _bind("rados_read_op_set_flags", None, c_void_p, c_int)
 _create_completion = _bind("rados_aio_create_completion2", c_int, c_void_p, _Callback, POINTER(c_void_p))
 _operate = _bind("rados_aio_read_op_operate", c_int, c_void_p, c_void_p, c_void_p, c_char_p, c_int)
@@ -89,6 +95,8 @@ class Request(NamedTuple):
     ioctx: librbd.Ioctx
     object_name: str
     calls: Sequence[Call] = ()
+    keys: tuple[bytes, ...] = ()
+    """Which of its omap's values to tell."""
     stat: bool = False
     read_bytes: int = 0
     """How much of its data to read at most, from the beginning."""
@@ -100,6 +108,8 @@ class Reply(NamedTuple):
     result: int
     calls: Sequence[tuple[int, bytes]] = ()
     """Of each call its result, a negative errno if it failed, and its answer."""
+    values: Mapping[bytes, bytes] = MappingProxyType({})
+    """Of the keys that it has."""
     modified_ns: int = 0
     """When the object was last written to, to the second, in nanoseconds since the epoch."""
     data: bytes = b""
@@ -129,6 +139,9 @@ class _Operation:
             _exec(handle, object_class, method, argument, len(argument), *results)
             _set_flags(handle, _FAILOK)
             place += _SIZE
+        self._values = c_void_p()
+        if request.keys:
+            _get_values(handle, *_as_arrays(request.keys), byref(self._values), None)
         if request.stat:
             start = ctypes.addressof(self._stat)
             offsets = (_StatResult.size.offset, _StatResult.seconds.offset, _StatResult.result.offset)
@@ -156,7 +169,24 @@ class _Operation:
             if each.data:
                 _buffer_free(each.data)
         data = self._data.raw[: self._read.length] if self._data is not None else b""
-        return Reply(result, calls, self._stat.seconds * NANOSECONDS, data)
+        values = _take_values(self._values) if self.request.keys else {}
+        return Reply(result, calls, values, self._stat.seconds * NANOSECONDS, data)
+
+
+@lru_cache
+def _as_arrays(keys: tuple[bytes, ...]) -> tuple[object, int, object]:
+    """As C takes them: pointers, how many, lengths."""
+    return (c_char_p * len(keys))(*keys), len(keys), (c_size_t * len(keys))(*map(len, keys))
+
+
+def _take_values(iterator: c_void_p) -> Mapping[bytes, bytes]:
+    key, value, key_length, value_length = c_void_p(), c_void_p(), c_size_t(), c_size_t()
+    results = byref(key), byref(value), byref(key_length), byref(value_length)
+    values = {}
+    while _next_value(iterator, *results) == 0 and key.value:
+        values[ctypes.string_at(key, key_length.value)] = ctypes.string_at(value, value_length.value)
+    _end_values(iterator)
+    return values
 
 
 _under_way: dict[int, Callable[[], None]] = {}
