@@ -316,3 +316,20 @@ async def test_a_close_tells_that_the_image_is_gone_though_no_read_found_it() ->
     cluster.source.gone = True
     with pytest.raises(StaleError):
         await image.flush()
+
+
+@in_trio
+async def test_an_open_after_a_migration_reads_what_the_image_is_now_and_older_opens_go_over() -> None:
+    cluster = Cluster(random_source(10_000))
+    stale = cluster.source
+    older, _ = await cluster.images.open("key", cluster.connect)
+    await older.read(0, 100)
+    stale.gone = True
+    cluster.source = random_source(10_000)
+    newer, _ = await cluster.images.open("key", cluster.connect)
+    assert stale.closed
+    for image in (newer, older):
+        assert bytes(await image.read(0, 100)) == cluster.source.content[:100]
+    await cluster.images.close("key", older)
+    await cluster.images.close("key", newer)
+    assert cluster.source.closed

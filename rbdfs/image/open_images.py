@@ -5,10 +5,11 @@ from collections.abc import Hashable
 
 import trio
 
+from rbdfs.errors import StaleError
 from rbdfs.image.holes import HoleMap
 from rbdfs.image.image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.object_cache import CachedImage, ObjectCache
-from rbdfs.image.source import Connector
+from rbdfs.image.source import Connector, ImageSource
 from rbdfs.image.striper import Layout
 
 log = logging.getLogger(__name__)
@@ -77,11 +78,11 @@ class OpenImages:
 
     async def _bring_up_to_date(self, entry: _Entry, connect: Connector) -> bool:
         state = entry.state
-        source = state.source if state else await connect()
+        source = state.source if state and not _is_stale(state.source) else await connect()
         try:
             version = await source.write_version()
         except BaseException:
-            if state is None:
+            if state is None or source is not state.source:
                 with trio.CancelScope(shield=True):
                     await source.close()
             raise
@@ -99,6 +100,10 @@ class OpenImages:
             entry.state = OpenState(source, entry.cached, entry.holes)
         else:
             state.cached = entry.cached
+            if source is not state.source:  # it was migrated, say: older opens go over to what it is now
+                stale, state.source = state.source, source
+                with trio.CancelScope(shield=True):
+                    await stale.close()
         return unchanged or source.is_constant
 
     async def _leave(self, key: Hashable, entry: _Entry) -> None:
@@ -126,3 +131,11 @@ class OpenImages:
             cached = self._entries.pop(oldest).cached
             if cached is not None:
                 self._cache.forget(cached)
+
+
+def _is_stale(source: ImageSource) -> bool:
+    try:
+        source.heed()
+    except StaleError:
+        return True
+    return False
