@@ -1,5 +1,6 @@
 """How far a copy is: a bar on a terminal, now and then a line elsewhere."""
 
+import os
 import sys
 
 import trio
@@ -8,6 +9,8 @@ from rbdfs.commands.units import in_units
 from rbdfs.image.copy import Copy
 
 REDRAW_SECONDS = 0.2
+NO_WIDTH_COLUMNS = 80
+"""Of a terminal that does not say how wide it is, as a serial line."""
 LINE_SECONDS = 30.0
 """Between two lines in a log."""
 
@@ -24,7 +27,9 @@ async def _draw_bar(copy: Copy, name: str) -> None:
     from tqdm import tqdm  # noqa: PLC0415  (takes a tenth of the time of a small export to import)
 
     tqdm.monitor_interval = 0  # no thread that looks after bars which nobody redraws
-    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    width = {"dynamic_ncols": True} if columns else {"ncols": NO_WIDTH_COLUMNS}
+    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, **width) as bar:
 
         def redraw() -> None:
             bar.total = copy.data_bytes + copy.unknown_bytes
