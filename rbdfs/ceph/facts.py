@@ -7,7 +7,8 @@ same, each once for all of their clones, and the maps are laid over one another.
 
 import errno
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -107,18 +108,20 @@ class FactsReader:
 
     async def _layers(self, images: Sequence[ImageRef]) -> dict[ImageRef, _Layer | RbdfsError]:
         operate = self._operations.operate
-        maps = await operate([Request(*each, _LOAD) for each in self._maps_of(images)])
-        headers = await operate([header.request(self._ioctx_of(image.namespace), image) for image in images])
-        loaded = iter(maps)
-        return {
-            image: _layer(image, next(loaded) if image.format != 1 else None, reply)
-            for image, reply in zip(images, headers, strict=True)
-        }
-
-    def _maps_of(self, images: Sequence[ImageRef]) -> Iterator[tuple[librbd.Ioctx, str]]:
+        layers: dict[ImageRef, _Layer | RbdfsError] = {}
+        asked: list[tuple[ImageRef, librbd.Ioctx]] = []
         for image in images:
-            if image.format != 1:
-                yield self._ioctx_of(image.namespace), object_map.object_of(image)
+            try:
+                asked.append((image, self._ioctx_of(image.namespace)))
+            except RbdfsError as error:  # a parent whose pool was removed
+                layers[image] = error
+        mapped = [(image, ioctx) for image, ioctx in asked if image.format != 1]
+        loaded = await operate([Request(ioctx, object_map.object_of(image), _LOAD) for image, ioctx in mapped])
+        maps = {image: reply for (image, _), reply in zip(mapped, loaded, strict=True)}
+        headers = await operate([header.request(ioctx, image) for image, ioctx in asked])
+        for (image, _), reply in zip(asked, headers, strict=True):
+            layers[image] = _layer(image, maps.get(image), reply)
+        return layers
 
     async def _lay_parents_under(self, layers: Iterable[_Layer | RbdfsError]) -> None:
         clones = [
@@ -151,7 +154,11 @@ def _layer(image: ImageRef, loaded: Reply | None, reply: Reply) -> _Layer | Rbdf
     if loaded is None or loaded.result < 0 or not found.map_is_valid:
         return _Layer(found, None)
     result, encoded = loaded.calls[0]
-    return _Layer(found, object_map.decode(encoded) if result >= 0 else None)
+    try:
+        return _Layer(found, object_map.decode(encoded) if result >= 0 else None)
+    except struct.error as error:
+        log.warning("%s cannot be understood, so the image looks full: %s", object_map.object_of(image), error)
+        return _Layer(found, None)
 
 
 def _facts(layer: _Layer) -> ImageFacts:
