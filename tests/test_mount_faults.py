@@ -61,7 +61,16 @@ def test_an_object_that_cannot_be_read_is_an_error_with_the_image_and_the_offset
     ceph.make_image(name, content)
     with ceph.ioctx() as ioctx, rbd.Image(ioctx, name, read_only=True) as image:
         first_object = f"{image.block_name_prefix()}.0000000000000000"
-    allowed = ["rbd_directory", "rbd_namespace", "rbd_header", "rbd_id", "rbd_info", "rbd_object_map", "rbd_children", first_object]
+    allowed = [
+        "rbd_directory",
+        "rbd_namespace",
+        "rbd_header",
+        "rbd_id",
+        "rbd_info",
+        "rbd_object_map",
+        "rbd_children",
+        first_object,
+    ]
     caps = ", ".join(["allow class-read", *(f"allow rx pool=rbd object_prefix {prefix}" for prefix in allowed)])
     keyring = ceph.make_key(ceph.unique("nodata"), "mon", "profile rbd", "osd", caps)
     mount = mounts("--id", keyring.name.split(".")[1], "-k", str(keyring))
