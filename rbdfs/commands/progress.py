@@ -9,10 +9,14 @@ from rbdfs.commands.units import in_units
 from rbdfs.image.copy import Copy
 
 REDRAW_SECONDS = 0.2
-NO_WIDTH_COLUMNS = 80
-"""Of a terminal that does not say how wide it is, as a serial line."""
 LINE_SECONDS = 30.0
 """Between two lines in a log."""
+
+
+def load_bar() -> None:
+    """Raise ImportError where the bar will be needed and cannot be had: better now than in the midst of a copy."""
+    if sys.stderr.isatty():
+        import tqdm  # noqa: F401, PLC0415  (takes a tenth of the time of a small export)
 
 
 async def show_progress(copy: Copy, name: str) -> None:
@@ -24,12 +28,12 @@ async def show_progress(copy: Copy, name: str) -> None:
 
 
 async def _draw_bar(copy: Copy, name: str) -> None:
-    from tqdm import tqdm  # noqa: PLC0415  (takes a tenth of the time of a small export to import)
+    from tqdm import tqdm  # noqa: PLC0415  (see load_bar)
 
     tqdm.monitor_interval = 0  # no thread that looks after bars which nobody redraws
     columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    width = {"dynamic_ncols": True} if columns else {"ncols": NO_WIDTH_COLUMNS}
-    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, **width) as bar:
+    shape = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}  # a serial line does not say
+    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, **shape) as bar:
 
         def redraw() -> None:
             bar.total = copy.data_bytes + copy.unknown_bytes
