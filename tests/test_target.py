@@ -42,9 +42,7 @@ def test_runs_hold_all_data_and_no_long_run_of_zeros(whole: list[bytes], tail: b
 
 @pytest.mark.parametrize("is_direct", [True, False])
 @pytest.mark.parametrize("size", [3 * MIB, 3 * MIB + 1, 3 * MIB + 5000, 100])
-def test_a_file_is_what_was_written_with_its_holes(
-    tmp_path: Path, size: int, is_direct: bool
-) -> None:
+def test_a_file_is_what_was_written_with_its_holes(tmp_path: Path, size: int, is_direct: bool) -> None:
     content = random_bytes(size)
     content = content[: MIB // 2] + bytes(MIB)[: max(0, size - MIB // 2)] + content[MIB // 2 + MIB :]
     target = NewFile(tmp_path / "copy", size, LEAST, None, resume=False)

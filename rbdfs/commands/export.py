@@ -16,7 +16,7 @@ from rbdfs.ceph.image import CephImage
 from rbdfs.ceph.librbd import keep_freed_memory
 from rbdfs.commands.ending import exit_at_the_latest, until_signalled
 from rbdfs.commands.find import find
-from rbdfs.commands.progress import show_progress, summary
+from rbdfs.commands.progress import load_bar, show_progress, summary
 from rbdfs.errors import RbdfsError, TargetError, UsageError
 from rbdfs.image.copy import Copy, CopyOptions
 from rbdfs.spec import ImageSpec
@@ -66,6 +66,8 @@ def export(options: ExportOptions) -> int:
         raise UsageError("--resume continues a file of its own; it does not go with - or --force")
     if options.path is not None and not options.force:
         check_new(options.path, resume=options.resume)
+    if options.progress:
+        load_bar()
     keep_freed_memory()
     return trio.run(_Export(options, spec).run)
 

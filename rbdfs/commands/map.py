@@ -174,9 +174,7 @@ def _as_table(found: Mapped) -> Iterator[str]:
     if facts.parent:
         yield f"a clone of {facts.parent}"
     width = shutil.get_terminal_size().columns
-    cells, cell_bytes = picture(
-        found.start, found.end, facts.object_size, facts.own, facts.shown, width, encoding
-    )
+    cells, cell_bytes = picture(found.start, found.end, facts.object_size, facts.own, facts.shown, width, encoding)
     yield cells
     yield legend(encoding, in_units(cell_bytes))
     yield ""

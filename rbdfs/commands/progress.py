@@ -1,5 +1,6 @@
 """How far a copy is: a bar on a terminal, now and then a line elsewhere."""
 
+import os
 import sys
 
 import trio
@@ -12,6 +13,12 @@ LINE_SECONDS = 30.0
 """Between two lines in a log."""
 
 
+def load_bar() -> None:
+    """Raise ImportError where the bar will be needed and cannot be had: better now than in the midst of a copy."""
+    if sys.stderr.isatty():
+        import tqdm  # noqa: F401, PLC0415  (takes a tenth of the time of a small export)
+
+
 async def show_progress(copy: Copy, name: str) -> None:
     """Show it until cancelled, on stderr."""
     if sys.stderr.isatty():
@@ -21,10 +28,12 @@ async def show_progress(copy: Copy, name: str) -> None:
 
 
 async def _draw_bar(copy: Copy, name: str) -> None:
-    from tqdm import tqdm  # noqa: PLC0415  (takes a tenth of the time of a small export to import)
+    from tqdm import tqdm  # noqa: PLC0415  (see load_bar)
 
     tqdm.monitor_interval = 0  # no thread that looks after bars which nobody redraws
-    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    shape = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}  # a serial line does not say
+    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, **shape) as bar:
 
         def redraw() -> None:
             bar.total = copy.data_bytes + copy.unknown_bytes
