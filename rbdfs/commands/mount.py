@@ -18,7 +18,7 @@ import trio
 
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.ceph.librbd import keep_freed_memory
+from rbdfs.ceph.memory import keep_freed_memory
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.operations import Operations, Presentation
 from rbdfs.fuse.session import check_mountpoint, mounted, serve
