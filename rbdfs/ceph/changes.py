@@ -17,6 +17,7 @@ Format 1 has no trash: of its removal only the remover's watch shows, and of a s
 
 import errno
 import logging
+import math
 import struct
 from collections.abc import Awaitable, Callable, Hashable
 from typing import NamedTuple, Protocol
@@ -40,6 +41,10 @@ STRANGER_SECONDS = 5.0
 then zeros wait. `rbd resize` takes milliseconds for each hundred objects; a VM that was started stays."""
 
 LOOK_AGAIN_SECONDS = 0.1
+
+SNAPSHOT_SECONDS = 0.02
+"""How long after a look at a snapshot its data is surely there: after `rbd snap rm` has marked it, the monitors gather
+for 50 ms (paxos_min_wait) before they tell the OSDs to remove anything."""
 
 # The argument of cls_lock's get_info, encoded: version 1, compatible with 1, length, the name of librbd's managed lock.
 GET_LOCK_INFO = struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + encode_string("rbd_lock")
@@ -99,10 +104,10 @@ class HeadLook:
         """One round trip; two for an image without an exclusive lock."""
         has_lock = bool(self._features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK)
         # Who watches comes before the size: who has shrunk it and is gone has said so.
-        writers: frozenset[Hashable] = frozenset() if has_lock else await self._watchers()
-        of_header, of_directory = await self._operations.operate(self._requests)
         what = f"look at {self._spec}"
         try:
+            writers: frozenset[Hashable] = frozenset() if has_lock else await self._watchers()
+            of_header, of_directory = await self._operations.operate(self._requests)
             (size,) = struct.unpack_from("<Q", of_header.answer(0, what), 1)
             (features,) = struct.unpack_from("<Q", of_header.answer(1, what))
             lockers = locked_by(of_header.answer(2, what))
@@ -173,9 +178,9 @@ class Format1Look:
 
     async def __call__(self) -> Seen:
         """Two round trips."""
-        writers = frozenset() if self._image.snapshot_id is not None else await self._watchers()
-        reply = await self._operations.ask(self._request)
         try:
+            writers = frozenset() if self._image.snapshot_id is not None else await self._watchers()
+            reply = await self._operations.ask(self._request)
             return Seen(header.decode(self._image, reply).size, frozenset(writers))
         except RbdfsError as error:
             raise _stale(self._spec) if error.errno == errno.ENOENT else error from error
@@ -195,7 +200,9 @@ class Looks:
     def __init__(self, look: Look) -> None:
         self.look = look
         self.latest = trio.current_time()
-        """When the last one that found the image in its place began."""
+        """When the last one began."""
+        self.in_place = -math.inf
+        """When the last one began that found the image in its place."""
         self.stale: StaleError | None = None
         """That the image is gone. It does not come back."""
         self._waiting: list[OnLooked] = []
@@ -246,7 +253,7 @@ class Looks:
         while True:
             began = trio.current_time()
             seen = await self.look()
-            self.latest = began
+            self.latest = self.in_place = began
             if self._known is None:
                 self._known = seen.writers
             strangers = seen.writers - self._known

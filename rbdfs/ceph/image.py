@@ -14,7 +14,16 @@ import trio
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import header, librbd
 from rbdfs.ceph.aio import Handover, ReadHandle, in_thread, in_thread_to_its_end
-from rbdfs.ceph.changes import GET_LOCK_INFO, Format1Look, HeadLook, Look, Looks, SnapshotLook, locked_by
+from rbdfs.ceph.changes import (
+    GET_LOCK_INFO,
+    SNAPSHOT_SECONDS,
+    Format1Look,
+    HeadLook,
+    Look,
+    Looks,
+    SnapshotLook,
+    locked_by,
+)
 from rbdfs.ceph.errors import reason_of, translated
 from rbdfs.ceph.header_watch import HeaderWatch
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
@@ -179,7 +188,7 @@ class CephImage:
         self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
     ) -> None:
         if result == length:
-            if self.is_constant or self._may_miss_objects(offset, data):
+            if self._is_in_doubt(offset, data):
                 self._looks.ask(partial(self._finish_if_in_place, handle, offset, oncomplete, data))
             else:
                 self._ended(handle)
@@ -192,8 +201,10 @@ class CephImage:
         else:
             oncomplete(ReadError(f"{what}: {reason_of(-result)}", -result))
 
-    def _may_miss_objects(self, offset: int, data: bytes) -> bool:
-        """Whether an object in this range may have been removed, or cut: then its last byte here is zero."""
+    def _is_in_doubt(self, offset: int, data: bytes) -> bool:
+        """Whether these may not be the image's bytes: an object of HEAD that was removed or cut ends with a zero."""
+        if self.is_constant:
+            return trio.current_time() - self._looks.in_place > SNAPSHOT_SECONDS
         if not data[-1]:
             return True
         return 0 in data[self.stripe_unit - 1 - offset % self.stripe_unit :: self.stripe_unit]
