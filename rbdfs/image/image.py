@@ -131,9 +131,20 @@ class OpenImage:
         self._cache.begin_read(state.cached, offset, length, arrived)
 
     def _read_ahead(self, offset: int, length: int, size: int) -> None:
-        ahead = self._readahead.on_read(offset, length, size, self._share.limit)
+        holes = self._holes
+        if not holes.has_holes or holes.size != size:
+            ahead = self._readahead.on_read(offset, length, size, self._share.limit)
+            if ahead is not None:
+                self._prefetch(*ahead)
+            return
+        # A stream goes by what is not known to be hole: whoever skips a hole has read ahead what lies behind it.
+        start, end = holes.rank(offset), holes.rank(offset + length)
+        ahead = (
+            self._readahead.on_read(start, end - start, holes.rank(size), self._share.limit) if start < end else None
+        )
         if ahead is not None:
-            self._prefetch(*ahead)
+            for part in holes.present(*ahead):
+                self._prefetch(*part)
 
     async def _ask_for_holes(self, holes: HoleMap) -> None:
         """Learn, once, what a snapshot holds: reads of its holes then ask no OSD."""
@@ -199,7 +210,5 @@ class OpenImage:
         transfer = self._readahead.transfer
         while start < end:
             stop = min(end, (start // transfer + 1) * transfer)
-            known = self._holes.at(start)
-            if known.kind is not Kind.HOLE or known.end < stop:
-                self._cache.prefetch(self._state.cached, start, stop - start)
+            self._cache.prefetch(self._state.cached, start, stop - start)
             start = stop
