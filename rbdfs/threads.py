@@ -1,6 +1,7 @@
 """Calls that block, made in worker threads, under every trio that rbdfs runs on."""
 
 import inspect
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
@@ -14,6 +15,9 @@ Ts = TypeVarTuple("Ts")
 _OPTIONS = inspect.signature(trio.to_thread.run_sync).parameters
 _ABANDON: dict[str, Any] = {"abandon_on_cancel" if "abandon_on_cancel" in _OPTIONS else "cancellable": True}
 
+_calls = 0
+_none_is_left = threading.Condition()
+
 
 async def in_thread(function: Callable[[*Ts], T], *args: *Ts) -> T:
     """Call a blocking function that releases the GIL, as those of Ceph's bindings do, in a worker thread.
@@ -21,7 +25,33 @@ async def in_thread(function: Callable[[*Ts], T], *args: *Ts) -> T:
     A cancel abandons the thread: the call goes on, and its result is dropped. What a result must not be dropped of
     (an image that was opened) is called with `in_thread_to_its_end`.
     """
+    return await trio.to_thread.run_sync(partial(_counted, partial(function, *args)), **_ABANDON)
+
+
+async def in_thread_of_its_own(function: Callable[[*Ts], T], *args: *Ts) -> T:
+    """As `in_thread`, of what uses nothing of Ceph's: when all ends, nobody waits for one that was abandoned.
+
+    A write to a pipe whose reader stands still never ends.
+    """
     return await trio.to_thread.run_sync(partial(function, *args), **_ABANDON)
+
+
+def _counted(call: Callable[[], T]) -> T:
+    global _calls  # noqa: PLW0603  (a process has one set of threads)
+    with _none_is_left:
+        _calls += 1
+    try:
+        return call()
+    finally:
+        with _none_is_left:
+            _calls -= 1
+            _none_is_left.notify_all()
+
+
+def wait_for_abandoned(seconds: float) -> bool:
+    """Block until no call of `in_thread` is left, before what they use is taken from under them; False if one is."""
+    with _none_is_left:
+        return _none_is_left.wait_for(lambda: not _calls, seconds)
 
 
 async def in_thread_to_its_end(function: Callable[[*Ts], T], *args: *Ts) -> T:

@@ -202,7 +202,11 @@ class Mount:
         """Unmount, wait for the process, and fail on warnings that the test did not expect."""
         if self.is_mounted:
             subprocess.run(["umount", "-l", str(self.path)], check=True)
-        wait_until(lambda: not self.is_running)
+        try:
+            wait_until(lambda: not self.is_running)
+        except AssertionError:
+            waits = [path.read_text().strip() for path in Path(f"/proc/{self.pid}/task").glob("*/wchan")]
+            raise AssertionError(f"the mount's process lives on; its threads wait in {waits}; {self.log}") from None
         unexpected = [
             line
             for line in self.log.splitlines()

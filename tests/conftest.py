@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
@@ -16,6 +17,11 @@ from tests.ceph import Ceph, Mount
 
 HUNG_SECONDS = 120.0
 """No test uses its mount for longer."""
+
+
+# Two runs at a time, beside two Cephs: how long an example takes says nothing.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 def pytest_configure() -> None:

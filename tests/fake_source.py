@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
-from rbdfs.image.source import Buffer, OnComplete
+from rbdfs.image.source import OnComplete
 
 
 @dataclass
@@ -50,7 +50,7 @@ class FakeSource:
     def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
         """See `ImageSource.aio_read`."""
         assert not self.closed, "a closed image was read"
-        data: Buffer | RbdfsError = bytes(self.content[offset : offset + length])
+        data: bytes | RbdfsError = bytes(self.content[offset : offset + length])
         if self.fail_with:
             data = ReadError(f"cannot read at {offset} (+{length})", self.fail_with)
         elif offset + length > len(self.content):

@@ -45,3 +45,19 @@ def test_what_is_found_is_the_first_of_its_kind_or_unknown(
 def test_nothing_is_known_of_an_image_at_first_and_an_empty_one_has_neither() -> None:
     assert HoleMap(10).at(3) == (0, 10, Kind.UNKNOWN)
     assert HoleMap(0).find(0, Kind.DATA) is None
+
+
+@given(LESSONS)
+def test_ranks_count_what_is_not_known_to_be_hole_and_lead_back_to_it(
+    lessons: list[tuple[int, int, list[tuple[int, int]]]],
+) -> None:
+    holes, model = taught(lessons)
+    present = [position for position in range(SIZE) if model[position] is not Kind.HOLE]
+    assert holes.has_holes == (len(present) < SIZE)
+    assert [holes.rank(position) for position in range(SIZE + 1)] == [
+        sum(kind is not Kind.HOLE for kind in model[:position]) for position in range(SIZE + 1)
+    ]
+    for start in range(0, len(present) + 1, 5):
+        for end in range(start, len(present) + 1, 7):
+            found = [position for first, last in holes.present(start, end) for position in range(first, last)]
+            assert found == present[start:end]

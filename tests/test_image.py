@@ -255,7 +255,7 @@ async def test_what_the_cluster_does_not_say_of_holes_is_data() -> None:
 
 
 @in_trio
-async def test_holes_that_a_seek_has_found_are_not_read_ahead() -> None:
+async def test_holes_that_a_seek_has_found_are_skipped_and_what_lies_behind_them_is_read_ahead() -> None:
     source = FakeSource(bytearray(64 * MIB), object_size=4 * MIB)
     source.content[: 4 * MIB] = random.Random(1).randbytes(4 * MIB)
     source.content[40 * MIB] = 1
@@ -264,7 +264,9 @@ async def test_holes_that_a_seek_has_found_are_not_read_ahead() -> None:
     assert await image.seek(4 * MIB, Kind.DATA) == 40 * MIB
     for offset in range(0, 4 * MIB, MIB):
         assert bytes(await image.read(offset, MIB)) == source.content[offset : offset + MIB]
-    assert source.fetched_bytes <= 4 * MIB
+    assert source.fetched_bytes == 8 * MIB
+    assert bytes(await image.read(40 * MIB, 4 * MIB)) == source.content[40 * MIB : 44 * MIB]
+    assert source.fetched_bytes == 8 * MIB
     assert bytes(await image.read(20 * MIB, MIB)) == bytes(MIB)
 
 

@@ -1,4 +1,4 @@
-"""SEEK_DATA and SEEK_HOLE on real mounts: run as a program, this file is the filesystem, else it is its tests.
+"""Seeks and reads past pyfuse3 on real mounts: run as a program, this file is the filesystem, else it is its tests.
 
 The filesystem runs in a process of its own, on a copy of rbdfs with or without the C library, so that whatever a test
 breaks can be killed: the kernel then answers all who wait. It says what it does in lines of JSON, and goes away when
@@ -10,6 +10,7 @@ import importlib
 import importlib.machinery
 import json
 import logging
+import mmap
 import os
 import shutil
 import signal
@@ -23,11 +24,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from rbdfs.errors import RbdfsError
+
+if TYPE_CHECKING:
+    from rbdfs.fuse.lowlevel import ReadRequest
 
 KiB = 1024
 SIZE = 1024 * KiB
@@ -40,6 +45,7 @@ DATA = {  # file name → extents of data (start, end) in its SIZE bytes
 }
 NAMES = list(DATA)
 INODES = {name: inode for inode, name in enumerate(NAMES, start=2)}
+READ_WAITS, READ_FAILS, READ_EXPLODES, READ_IN_A_TASK, TASK_FAILS, TASK_EXPLODES = READS = range(0, 6 * 4096, 4096)
 STALE, NOSYS, NO_ERRNO, UNEXPECTED, BACKWARDS, FUSE_ERROR = FAILURES = range(6)
 
 
@@ -88,6 +94,38 @@ async def lseek(inode: int, fh: int, offset: int, whence: int, go: trio.Event) -
     return found
 
 
+def begin_read(request: "ReadRequest", nursery: trio.Nursery, go: trio.Event) -> None:
+    """A read handler: by offset, everything that one can do with a request; the file is all "r"."""
+
+    async def answer_later() -> None:
+        await go.wait()
+        request.reply(b".." + b"r" * request.length, 2, 2 + request.length)
+        request.reply(b"again" * request.length, 0, request.length)  # ignored
+        request.fail(errno.EIO)
+
+    async def read(fh: int, offset: int, length: int) -> bytes:
+        import pyfuse3  # noqa: PLC0415
+
+        tell(task=offset, fh=fh, length=length)
+        if offset == TASK_FAILS:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        if offset == TASK_EXPLODES:
+            raise ZeroDivisionError("unexpected")
+        return b"r" * length
+
+    tell(read=request.offset, fh=request.handle, length=request.length)
+    if request.offset == READ_WAITS:
+        nursery.start_soon(answer_later)
+    elif request.offset == READ_FAILS:
+        request.fail(errno.EPERM)
+    elif request.offset == READ_EXPLODES:
+        raise ZeroDivisionError("unexpected")
+    elif request.offset in READS:
+        request.serve(read)
+    else:
+        request.reply(b"r" * (SIZE - request.offset), 0, request.length)
+
+
 def mount_files(mountpoint: str) -> None:
     import pyfuse3  # noqa: PLC0415
 
@@ -124,7 +162,7 @@ def mount_files(mountpoint: str) -> None:
 
 
 async def serve(mountpoint: str, how: list[str]) -> None:
-    """Mount on `mountpoint` until told otherwise; `how` may have "pyfuse3 first" and "no handler"."""
+    """Mount on `mountpoint` until told otherwise; `how` may have "pyfuse3 first", "no handler" and "reads"."""
     if "pyfuse3 first" in how:
         importlib.import_module("pyfuse3")
     from rbdfs.fuse import lowlevel  # noqa: PLC0415  isort: skip
@@ -143,7 +181,11 @@ async def serve(mountpoint: str, how: list[str]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obey, nursery.cancel_scope)
             handler = partial(lseek, go=go)
-            with nullcontext() if "no handler" in how else lowlevel.serve_lseek(handler, nursery):
+            read_handler = partial(begin_read, nursery=nursery, go=go)
+            with (
+                nullcontext() if "no handler" in how else lowlevel.serve_lseek(handler, nursery),
+                lowlevel.serve_reads(read_handler, nursery) if "reads" in how else nullcontext(),
+            ):
                 tell(mounted=mountpoint)
                 await pyfuse3.main()
                 tell(main="ended")
@@ -202,6 +244,19 @@ class Mount:
         finally:
             with suppress(OSError):  # closing sends a flush, which has nowhere to go after an unmount
                 os.close(descriptor)
+
+    def read(self, offset: int, length: int = 4096) -> bytes:
+        """By direct I/O: one request, of just this."""
+        descriptor = os.open(self.point / "sparse", os.O_RDONLY | os.O_DIRECT)
+        try:
+            buffer = mmap.mmap(-1, length)
+            return buffer[: os.preadv(descriptor, [buffer], offset)]
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def start_read(self, offset: int) -> "Future[bytes]":
+        return self._calls.submit(self.read, offset)
 
     def start_seek(self, name: str, offset: int, whence: int) -> "Future[int | None]":
         return self._calls.submit(self.seek, name, offset, whence)
@@ -388,6 +443,79 @@ def test_without_a_handler_a_seek_is_refused_and_not_forgotten(packages: dict[st
         mount.seek("sparse", 0, os.SEEK_DATA)
 
 
+@pytest.fixture
+def reads(packages: dict[str, Path]) -> Iterator[Mount]:
+    """The filesystem with the C library and a handler for reads."""
+    with mounted(packages["with"], "reads") as mount:
+        yield mount
+
+
+def test_a_read_goes_to_the_handler_and_all_else_to_pyfuse3(reads: Mount) -> None:
+    assert reads.read(SIZE // 2, 8192) == b"r" * 8192
+    reads.expect(read=SIZE // 2, fh=INODES["sparse"] + 1000, length=8192)
+    assert (reads.point / "sparse").stat().st_size == SIZE
+    assert reads.seek("sparse", 0, os.SEEK_DATA) == 128 * KiB
+
+
+def test_a_read_that_waits_holds_nobody_up_and_gets_the_first_answer_only(reads: Mount) -> None:
+    waiting = [reads.start_read(READ_WAITS) for _ in range(3)]
+    for _ in waiting:
+        reads.expect(read=READ_WAITS)
+    assert reads.read(SIZE // 2) == b"r" * 4096
+    assert reads.seek("sparse", 0, os.SEEK_DATA) == 128 * KiB
+    assert not any(read.done() for read in waiting)
+    reads.go()
+    assert [read.result(timeout=30) for read in waiting] == [b"r" * 4096] * 3
+    assert reads.read(SIZE // 2) == b"r" * 4096
+
+
+def test_a_read_can_be_handed_to_a_task(reads: Mount) -> None:
+    assert reads.read(READ_IN_A_TASK) == b"r" * 4096
+    reads.expect(task=READ_IN_A_TASK, fh=INODES["sparse"] + 1000, length=4096)
+
+
+@pytest.mark.parametrize(
+    ("offset", "expected"),
+    [
+        (READ_FAILS, errno.EPERM),
+        (READ_EXPLODES, errno.EIO),
+        (TASK_FAILS, errno.ESTALE),
+        (TASK_EXPLODES, errno.EIO),
+    ],
+)
+def test_an_error_of_a_read_reaches_the_caller_and_the_mount_lives_on(reads: Mount, offset: int, expected: int) -> None:
+    with pytest.raises(OSError) as caught:  # noqa: PT011  (the errno is what is checked)
+        reads.read(offset)
+    assert caught.value.errno == expected
+    assert reads.read(SIZE // 2) == b"r" * 4096
+    assert ("Traceback" in reads.log()) == (offset in {READ_EXPLODES, TASK_EXPLODES})
+
+
+def test_a_shutdown_answers_the_read_that_waits(reads: Mount) -> None:
+    waiting = reads.start_read(READ_WAITS)
+    reads.expect(read=READ_WAITS)
+    reads.stop()
+    assert isinstance(waiting.exception(timeout=30), ConnectionAbortedError)
+    reads.expect(closed=True)
+    assert reads.ended() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may unmount by force")
+def test_a_forced_unmount_ends_the_server_while_a_read_waits(reads: Mount) -> None:
+    waiting = reads.start_read(READ_WAITS)
+    reads.expect(read=READ_WAITS)
+    subprocess.run(["umount", "--force", "--lazy", reads.point], check=True)
+    assert isinstance(waiting.exception(timeout=30), ConnectionAbortedError)
+    reads.expect(main="ended")
+    reads.expect(closed=True)
+    assert reads.ended() == 0
+
+
+def test_without_the_library_pyfuse3_serves_the_reads(packages: dict[str, Path]) -> None:
+    with mounted(packages["without"], "reads") as mount:
+        assert mount.read(READ_FAILS) == b"x" * 4096
+
+
 OTHER_LIBFUSE = r"""
 #include <stddef.h>
 #include <string.h>
@@ -403,6 +531,7 @@ void *_fuse_session_new(void *, const void *, size_t, struct libfuse_version *, 
 void *_fuse_session_new_317(void *, const void *, size_t, struct libfuse_version *, void *)
 	__attribute__((alias("fuse_session_new_versioned")));
 int fuse_reply_lseek(void *req, long offset) { (void)req; (void)offset; return 0; }
+int fuse_reply_buf(void *req, const char *buf, size_t size) { (void)req; (void)buf; (void)size; return 0; }
 int fuse_reply_err(void *req, int errnum) { (void)req; (void)errnum; return 0; }
 size_t kept_size(void) { return size; }
 """
@@ -437,20 +566,22 @@ for which in range(4):
         table = (ctypes.c_void_p * slots)(*[1 + i if i != LSEEK else None for i in range(slots)])
         session = caller.call(which, table, ctypes.c_size_t(ctypes.sizeof(table)))
         assert caller.kept_size() == 8 * max(slots, LSEEK + 1)
-        assert session[LSEEK] not in (None, 1 + LSEEK)
-        assert [session[i] for i in range(slots) if i != LSEEK] == [1 + i for i in range(slots) if i != LSEEK]
-        before = library.rbdfs_lseek_sessions()
+        assert session[LSEEK] not in (None, 1 + LSEEK) and session[READ] not in (None, 1 + READ)
+        theirs = [i for i in range(slots) if i not in (LSEEK, READ)]
+        assert [session[i] for i in theirs] == [1 + i for i in theirs]
+        before = library.rbdfs_sessions()
         table = (ctypes.c_void_p * 50)(*range(1, 51))
         session = caller.call(which, table, ctypes.c_size_t(ctypes.sizeof(table)))
-        assert [session[i] for i in range(50)] == list(range(1, 51)) and library.rbdfs_lseek_sessions() == before
+        assert [session[i] for i in range(50)] == list(range(1, 51)) and library.rbdfs_sessions() == before
 """
 
 
-def test_every_libfuse_gets_its_whole_table_with_lseek_filled_in(packages: dict[str, Path]) -> None:
+def test_every_libfuse_gets_its_whole_table_with_ours_filled_in(packages: dict[str, Path]) -> None:
     (library,) = (packages["with"] / "rbdfs/fuse").glob("*.so")
     slot = "#define FUSE_USE_VERSION 35\n#include <fuse3/fuse_lowlevel.h>\n#include <stddef.h>\n"
     slot += "#include <stdio.h>\nint main(void) "
-    slot += '{ printf("%zu", offsetof(struct fuse_lowlevel_ops, lseek) / sizeof(void *)); return 0; }\n'
+    slot += '{ printf("%zu ", offsetof(struct fuse_lowlevel_ops, lseek) / sizeof(void *));\n'
+    slot += 'printf("%zu", offsetof(struct fuse_lowlevel_ops, read) / sizeof(void *)); return 0; }\n'
     with tempfile.TemporaryDirectory(prefix="rbdfs-lowlevel-") as name:
 
         def build(source: str, target: str, *arguments: str) -> str:
@@ -461,8 +592,8 @@ def test_every_libfuse_gets_its_whole_table_with_lseek_filled_in(packages: dict[
 
         libfuse = build(OTHER_LIBFUSE, "libfuse.so", "-shared")
         caller = build(OTHER_PYFUSE3, "pyfuse3.so", "-shared", libfuse)
-        lseek = subprocess.run([build(slot, "slot")], capture_output=True, text=True, check=True).stdout
-        script = CALL_ALL.replace("LSEEK", lseek)
+        slots = subprocess.run([build(slot, "slot")], capture_output=True, text=True, check=True).stdout.split()
+        script = CALL_ALL.replace("LSEEK", slots[0]).replace("READ", slots[1])
         subprocess.run([sys.executable, "-c", script, library, caller], check=True)
 
 

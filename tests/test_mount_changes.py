@@ -147,6 +147,22 @@ def test_a_removed_image_is_eio_within_seconds_and_never_zeros(
     assert f"rbd/{name} was removed while it was open" in bare.log
 
 
+@pytest.mark.parametrize("bare", [READ_ONLY_CAPS], indirect=True, ids=["read-only caps"])
+def test_a_removed_clone_is_eio_and_never_what_its_parent_holds(ceph: Ceph, bare: Mount) -> None:
+    parent, child = ceph.unique("parent"), ceph.unique("child")
+    content = random_bytes(24 * MIB, seed=2)
+    ceph.make_image(parent, random_bytes(24 * MIB), MIB // 16, features=ALL_FEATURES)
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, parent) as image:
+        image.create_snap("base")
+    clone(ceph, f"rbd/{parent}@base", f"rbd/{child}")
+    ceph.write_image(child, content)
+    with reading(bare.image(child), content) as result:
+        ceph.run("rbd", "rm", "--no-progress", f"rbd/{child}")
+        wait_until(lambda: errno.EIO in result.errors, SECONDS)
+    assert not result.wrong
+    assert set(result.errors) <= {errno.EIO, errno.EBADF}
+
+
 @pytest.mark.parametrize("features", [ALL_FEATURES, LAYERING], ids=["all features", "layering"])
 def test_a_shrunk_image_ends_at_its_new_end_or_is_an_error_and_is_never_zeros(
     ceph: Ceph, bare: Mount, features: int

@@ -120,6 +120,8 @@ def test_a_clone_whose_parents_pool_was_removed_is_listed_and_looks_full(ceph: C
         listed = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         assert listed == {"orphan": 7, "other": 7}
         assert (folder / "orphan").stat().st_blocks == 1
+        with pytest.raises(FileNotFoundError):
+            os.getxattr(folder / "orphan", "user.rbd.parent")
     finally:
         ceph.remove_pool(pool)
 

@@ -30,8 +30,8 @@ def images(ceph: Ceph) -> dict[str, bytes]:
         name = f"objects-{object_size}"
         contents[name] = random_bytes(40 * MIB + 7 if object_size > 64 * KIB else 2 * MIB + 7, seed=object_size)
         ceph.make_image(name, contents[name], object_size)
-    contents["striped"] = random_bytes(6 * MIB + 7, seed=5)  # a whole object set of 5 MiB, and a piece of the next
-    ceph.make_image("striped", contents["striped"], MIB, stripe_unit=64 * KIB, stripe_count=5)
+    contents["striped-read"] = random_bytes(6 * MIB + 7, seed=5)  # a whole object set of 5 MiB, and a piece of the next
+    ceph.make_image("striped-read", contents["striped-read"], MIB, stripe_unit=64 * KIB, stripe_count=5)
     return contents
 
 
@@ -74,7 +74,7 @@ def test_every_image_reads_whole_whatever_the_options(
 def test_dd_gives_the_bytes_with_any_block_size(
     images: dict[str, bytes], mount: Mount, block: str, flags: tuple[str, ...]
 ) -> None:
-    for name in ("size-4194305", "size-511", "size-0", "striped"):
+    for name in ("size-4194305", "size-511", "size-0", "striped-read"):
         assert output("dd", f"if={mount.image(name)}", f"bs={block}", "status=none", *flags) == images[name], name
 
 
@@ -109,7 +109,7 @@ def test_eight_readers_at_once_get_their_bytes(images: dict[str, bytes], mount: 
 
 def test_a_thousand_random_preads_agree_with_rbd_export(images: dict[str, bytes], mount: Mount, ceph: Ceph) -> None:
     chance = random.Random(11)
-    for name in (f"size-{200 * MIB + 7}", "striped"):
+    for name in (f"size-{200 * MIB + 7}", "striped-read"):
         exported = ceph.exported(name)
         assert exported == images[name]
         file = os.open(mount.image(name), os.O_RDONLY)
@@ -138,5 +138,5 @@ def test_an_image_reads_the_same_with_a_key_that_may_not_watch(
 ) -> None:
     keyring = ceph.make_key("reader", "mon", "profile rbd", "osd", "profile rbd-read-only")
     mount = mounts("--id", "reader", "--keyring", str(keyring))
-    for name in ("size-4194305", "striped"):
+    for name in ("size-4194305", "striped-read"):
         assert mount.image(name).read_bytes() == images[name]

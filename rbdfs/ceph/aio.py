@@ -21,6 +21,7 @@ import trio
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
 from rbdfs.ceph.errors import errno_of, translated
+from rbdfs.ceph.memory import new_buffer
 from rbdfs.threads import in_thread as in_thread  # noqa: PLC0414  (for all of ceph/)
 from rbdfs.threads import in_thread_to_its_end as in_thread_to_its_end  # noqa: PLC0414
 
@@ -124,7 +125,7 @@ class EventImage:
 
     def aio_read(self, offset: int, length: int, deliver: Deliver) -> None:
         """See `ReadHandle.aio_read`."""
-        buffer = librbd.new_buffer(length)
+        buffer = new_buffer(length)
         self._image.submit(offset, length, buffer, (deliver, buffer))
 
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:

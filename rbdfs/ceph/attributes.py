@@ -178,7 +178,11 @@ class AttributeReader:
 
     def _pool(self, reader: Reader) -> str:
         pool_id = reader.s64()
-        return self._pool_name(pool_id) if pool_id >= 0 else ""
+        return self._name_of_pool(pool_id) if pool_id >= 0 else ""
+
+    def _name_of_pool(self, pool_id: int) -> str:
+        with translated(f"find the name of pool {pool_id}"):
+            return self._pool_name(pool_id)
 
     async def _snapshots(self, image: ImageRef) -> str:
         found = await header.snapshots(self._operations, self._ioctx_of(image.namespace), image)
@@ -204,7 +208,7 @@ class AttributeReader:
             return ""
         namespace = parent.image.namespace
         name, trash = await self._name(parent.image)
-        pool, snapshot = self._pool_name(namespace.pool.id), await self._snapshot(parent.image)
+        pool, snapshot = self._name_of_pool(namespace.pool.id), await self._snapshot(parent.image)
         return f"{ImageSpec(pool, name, namespace.name, snapshot)}{trash}"
 
     async def _name(self, image: ImageRef) -> tuple[str, str]:

@@ -31,11 +31,15 @@ from rbdfs.ceph.image import Asks, CephImage
 from rbdfs.ceph.read_op import ReadOperations
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
+from rbdfs.threads import wait_for_abandoned
 
 log = logging.getLogger(__name__)
 
 RBD_APPLICATION = "rbd"
 KIB = 1024
+
+ABANDONED_SECONDS = 10.0
+"""How long a disconnect waits for what a cancelled request has left behind in a thread: it uses the connection."""
 
 
 class Cluster:
@@ -227,6 +231,9 @@ class Cluster:
         await in_thread_to_its_end(self._shutdown)
 
     def _shutdown(self) -> None:
+        if not wait_for_abandoned(ABANDONED_SECONDS):
+            log.warning("the cluster still owes an answer to what was given up; leaving the connection as it is")
+            return
         for read_ioctx in self._read_ioctxs.values():
             read_ioctx.destroy()
         if hasattr(self, "_reads"):

@@ -87,6 +87,7 @@ class CephImage:
         self._asks = asks
         self._handover = handover
         self._open_handle = open_handle
+        self._is_clone = False
         self._in_flight: dict[ReadHandle, int] = {}
         self._one_is_idle = trio.Event()
         self._resizing = trio.Lock()
@@ -104,7 +105,7 @@ class CephImage:
         """Open the image by `open_handle`, which blocks. `ioctx` is given away. Raises RbdfsError."""
         opened = cls(spec, image, ioctx, asks, handover, open_handle)
         try:
-            features = await opened._features()
+            features = await opened._ask_features()
             if not opened.is_constant:
                 opened.watch = await HeaderWatch.begin(spec, ioctx, opened._header, handover)
             await opened._open()
@@ -122,13 +123,16 @@ class CephImage:
             raise
         return opened
 
-    async def _features(self) -> int:
-        """Of the image. Raises RbdfsError: ENOENT where there is no header."""
+    async def _ask_features(self) -> int:
+        """Of the image; and whether it is a clone. Raises RbdfsError: ENOENT where there is no header."""
         if self._image.format == 1:
             return 0
-        call = Call(b"get_features", struct.pack("<QB", header.HEAD, 1))
-        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, (call,)))
+        head = struct.pack("<Q", header.HEAD)
+        calls = (Call(b"get_features", head + b"\1"), Call(b"parent_overlap_get", head))
+        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, calls))
         (features,) = struct.unpack_from("<Q", reply.answer(0, f"open {self.spec}"))
+        result, overlap = reply.calls[1]  # an optional number; OSDs before Nautilus do not know the method
+        self._is_clone = result < 0 or overlap[0] != 0
         return int(features)
 
     async def _open(self) -> None:
@@ -202,10 +206,13 @@ class CephImage:
             oncomplete(ReadError(f"{what}: {reason_of(-result)}", -result))
 
     def _is_in_doubt(self, offset: int, data: bytes) -> bool:
-        """Whether these may not be the image's bytes: an object of HEAD that was removed or cut ends with a zero."""
+        """Whether these may not be the image's bytes.
+
+        An object of HEAD that was removed or cut ends with a zero; but for a clone's, behind which its parent's shows.
+        """
         if self.is_constant:
             return trio.current_time() - self._looks.in_place > SNAPSHOT_SECONDS
-        if not data[-1]:
+        if self._is_clone or not data[-1]:
             return True
         return 0 in data[self.stripe_unit - 1 - offset % self.stripe_unit :: self.stripe_unit]
 

@@ -13,7 +13,7 @@ from rbdfs.catalog import ImageRef
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.image import CephImage
-from rbdfs.ceph.librbd import keep_freed_memory
+from rbdfs.ceph.memory import keep_freed_memory
 from rbdfs.commands.ending import exit_at_the_latest, until_signalled
 from rbdfs.commands.find import find
 from rbdfs.commands.progress import load_bar, show_progress, summary

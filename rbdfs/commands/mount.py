@@ -17,7 +17,7 @@ import trio
 
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.ceph.librbd import keep_freed_memory
+from rbdfs.ceph.memory import keep_freed_memory
 from rbdfs.commands.ending import exit_at_the_latest
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.operations import Operations, Presentation
@@ -31,9 +31,10 @@ from rbdfs.image.throttle import Throttle
 log = logging.getLogger(__name__)
 
 MAX_OPS = 256
-MAX_BYTES = 96 * MIB
-"""What the mount may have in flight towards the cluster: operations, and bytes. librados itself stops at 1,024
-operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and blocks the caller then."""
+MAX_BYTES = 64 * MIB
+"""What the mount may have in flight towards the cluster: operations, and bytes (`rbd export`: 10 objects of 4 MiB).
+librados itself stops at 1,024 operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and
+blocks the caller then."""
 
 READY = "ready"
 """What the background process says when the mount is usable; anything else is what is wrong."""

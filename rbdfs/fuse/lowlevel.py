@@ -1,9 +1,11 @@
-"""The FUSE operation that pyfuse3 does not bind: lseek, for SEEK_DATA and SEEK_HOLE.
+"""Two FUSE operations past pyfuse3: lseek, which it does not bind, and read, which it is slow for.
 
-pyfuse3 leaves libfuse's slot for lseek empty, and the kernel then treats every file as solid data. The C library
-built from lowlevel.c fills the slot. For that the dynamic linker must find it before it binds pyfuse3 to libfuse, that
-is, before pyfuse3 is imported: `rbdfs/fuse/__init__.py` sees to it. Without the library (no compiler or no
-libfuse3-dev when rbdfs was installed) all else works, and files look solid.
+pyfuse3 leaves libfuse's slot for lseek empty, and the kernel then treats every file as solid data. For each read it
+resumes a task of its own, starts a coroutine and hands a lock on; a read that is a look into the cache, or the start of
+an aio, needs none of that. The C library built from lowlevel.c fills both slots. For that the dynamic linker must find
+it before it binds pyfuse3 to libfuse, that is, before pyfuse3 is imported: `rbdfs/fuse/__init__.py` sees to it.
+Without the library (no compiler or no libfuse3-dev when rbdfs was installed) pyfuse3 serves the reads, all else works
+too, and files look solid.
 
 What the kernel does (fs/fuse/file.c: fuse_file_llseek, fuse_lseek): only SEEK_DATA and SEEK_HOLE come here, also with
 an offset past the end of the file. It holds the inode's lock meanwhile, so that seeks in one file come one at a time.
@@ -43,7 +45,10 @@ class Nursery(Protocol):
 _OFFSET_MAX: Final = 2**63 - 1  # loff_t
 _ERRNO_MAX: Final = 511  # the kernel takes no error beyond it (fs/fuse/dev.c: fuse_dev_do_write)
 
-_Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int)
+_RECEIVED_AT_ONCE: Final = 32  # then others have their turn
+
+_OnLseek = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int)
+_OnRead = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_size_t)
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
@@ -56,11 +61,18 @@ def _load_library() -> ctypes.PyDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.PyDLL(spec.origin, mode=ctypes.RTLD_GLOBAL)
-    library.rbdfs_lseek_sessions.argtypes = []
-    library.rbdfs_lseek_callback.argtypes = [_Callback]
-    library.rbdfs_lseek_callback.restype = None
-    library.rbdfs_lseek_reply.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.rbdfs_lseek_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    library.rbdfs_sessions.argtypes = []
+    library.rbdfs_on_lseek.argtypes = [_OnLseek]
+    library.rbdfs_on_lseek.restype = None
+    library.rbdfs_on_read.argtypes = [_OnRead]
+    library.rbdfs_on_read.restype = None
+    library.rbdfs_begin_receiving.argtypes = []
+    library.rbdfs_end_receiving.argtypes = []
+    library.rbdfs_end_receiving.restype = None
+    library.rbdfs_receive.argtypes = []
+    library.rbdfs_reply_lseek.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.rbdfs_reply_read.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+    library.rbdfs_reply_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
     return library
 
 
@@ -73,7 +85,7 @@ def lseek_unavailable() -> str | None:
     """Why files look solid, as a sentence; None if SEEK_DATA and SEEK_HOLE can work. Ask after `pyfuse3.init`."""
     if _library is None:
         return "rbdfs was installed without its C library; install gcc and libfuse3-dev, then reinstall rbdfs"
-    if not _library.rbdfs_lseek_sessions():
+    if not _library.rbdfs_sessions():
         return "rbdfs's C library did not get between pyfuse3 and libfuse; was pyfuse3 imported before rbdfs.fuse?"
     return None
 
@@ -94,12 +106,12 @@ def serve_lseek(handler: LseekHandler, nursery: Nursery) -> Iterator[None]:
         yield
         return
     requests = _Requests(_library, handler, nursery)
-    callback = _Callback(requests.begin)
-    _library.rbdfs_lseek_callback(callback)
+    callback = _OnLseek(requests.begin)
+    _library.rbdfs_on_lseek(callback)
     try:
         yield
     finally:
-        _library.rbdfs_lseek_callback(_Callback())
+        _library.rbdfs_on_lseek(_OnLseek())
         requests.abort()
 
 
@@ -160,13 +172,147 @@ class _Requests:
         if self._waiting.pop(request, None) is None:
             return
         if answer < 0:
-            status = self._library.rbdfs_lseek_error(request, -answer)
+            status = self._library.rbdfs_reply_error(request, -answer)
         else:
-            status = self._library.rbdfs_lseek_reply(request, answer)
-        if status:  # the caller is gone, or the mount is
-            log.debug("a reply to lseek was not taken: %s", os.strerror(-status))
+            status = self._library.rbdfs_reply_lseek(request, answer)
+        _note(status)
 
 
 def _answerable(error: int) -> int:
     """`error` as the kernel takes it; EIO for what is no errno, and for ENOSYS, which would turn seeks off for good."""
     return error if 0 < error <= _ERRNO_MAX and error != errno.ENOSYS else errno.EIO
+
+
+class ReadRequest:
+    """A read() of the kernel that waits for its answer: for `reply` or `fail`, once, from the trio thread."""
+
+    __slots__ = ("_reads", "address", "handle", "length", "offset")
+
+    def __init__(self, reads: "_Reads", address: int, handle: int, offset: int, length: int) -> None:
+        self._reads = reads
+        self.address = address  # of libfuse's request, which is gone when it is answered: another may be there then
+        self.handle = handle
+        self.offset = offset
+        self.length = length
+
+    def reply(self, data: bytes, start: int, end: int) -> None:
+        """Answer with data[start:end]; it goes to the kernel without a copy."""
+        self._reads.send(self, data, start, end - start)
+
+    def fail(self, errno_: int) -> None:
+        """Answer with an error."""
+        self._reads.send_error(self, errno_)
+
+    def serve(self, read: Callable[[int, int, int], Awaitable[bytes | bytearray | memoryview]]) -> None:
+        """Answer by a task: with what `read(handle, offset, length)` returns, or with the error that it raises."""
+        self._reads.spawn(self, read)
+
+    async def answer(self, read: Callable[[int, int, int], Awaitable[bytes | bytearray | memoryview]]) -> None:
+        try:
+            data = bytes(await read(self.handle, self.offset, self.length))
+        except pyfuse3.FUSEError as error:
+            self.fail(_answerable(error.errno))
+        except Exception:
+            log.exception("a read failed unexpectedly")
+            self.fail(errno.EIO)
+        except BaseException:  # Cancelled, KeyboardInterrupt
+            self.fail(errno.ECONNABORTED)
+            raise
+        else:
+            self.reply(data, 0, len(data))
+
+
+ReadHandler = Callable[[ReadRequest], None]
+"""Answers a read at once, or keeps it to answer it later. Called in the trio thread; must neither block nor raise."""
+
+
+@contextmanager
+def serve_reads(handler: ReadHandler, nursery: Nursery) -> Iterator[None]:
+    """Hand reads to `handler` and not to pyfuse3: enter and leave as `serve_lseek`, with the same fate of what waits.
+
+    Reads are no tasks, and not counted in pyfuse3's `max_tasks`. Without the C library pyfuse3 serves them.
+    """
+    if _library is None or lseek_unavailable() is not None:
+        yield
+        return
+    reads = _Reads(_library, handler, nursery)
+    callback = _OnRead(reads.begin)
+    _library.rbdfs_on_read(callback)
+    kernel = _library.rbdfs_begin_receiving()
+    if kernel >= 0:
+        nursery.start_soon(reads.receive, kernel)
+    try:
+        yield
+    finally:
+        _library.rbdfs_end_receiving()
+        _library.rbdfs_on_read(_OnRead())
+        reads.abort()
+
+
+class _Reads:
+    """The reads that wait for an answer; each gets the first that is given."""
+
+    def __init__(self, library: ctypes.PyDLL, handler: ReadHandler, nursery: Nursery) -> None:
+        self._receive = library.rbdfs_receive
+        self._reply = library.rbdfs_reply_read
+        self._reply_error = library.rbdfs_reply_error
+        self._handler = handler
+        self._nursery = nursery
+        self._waiting: set[ReadRequest] = set()
+
+    async def receive(self, kernel: int) -> None:
+        """Take requests from the kernel until the session ends."""
+        while True:
+            await trio.lowlevel.wait_readable(kernel)
+            for _ in range(_RECEIVED_AT_ONCE):
+                received = self._receive()
+                if received < 0:
+                    return
+                # A single reader has nothing more to ask while it waits, nor the moment after it was answered.
+                if received == 0 or len(self._waiting) <= 1:
+                    break
+
+    @_not_interrupted
+    def begin(self, address: int, inode: int, handle: int, offset: int, length: int) -> None:
+        """Called by libfuse, in the trio thread, with the GIL."""
+        request = ReadRequest(self, address, handle, offset, length)
+        self._waiting.add(request)
+        try:
+            self._handler(request)
+        except Exception:
+            log.exception("inode %d: a read at %d failed unexpectedly", inode, offset)
+            request.fail(errno.EIO)
+
+    def spawn(
+        self,
+        request: ReadRequest,
+        read: Callable[[int, int, int], Awaitable[bytes | bytearray | memoryview]],
+    ) -> None:
+        """See `ReadRequest.serve`."""
+        try:
+            self._nursery.start_soon(request.answer, read, name=f"read at {request.offset}")
+        except RuntimeError:  # the nursery is closed: the mount is being taken down
+            request.fail(errno.ECONNABORTED)
+
+    def abort(self) -> None:
+        """Answer all that wait."""
+        for request in list(self._waiting):
+            request.fail(errno.ECONNABORTED)
+
+    def send(self, request: ReadRequest, data: bytes, start: int, length: int) -> None:
+        """Answer with bytes, what was not answered yet."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+            _note(self._reply(request.address, data, start, length))
+
+    def send_error(self, request: ReadRequest, errno_: int) -> None:
+        """Answer with an error, what was not answered yet."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+            _note(self._reply_error(request.address, errno_))
+
+
+def _note(status: int) -> None:
+    """What the kernel said to a reply."""
+    if status:  # the caller is gone, or the mount is
+        log.debug("a reply was not taken: %s", os.strerror(-status))

@@ -12,13 +12,16 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 
 from rbdfs.catalog import Catalog, ImageFacts, ImageRef
 from rbdfs.errors import RbdfsError
+from rbdfs.fuse.lowlevel import ReadRequest
 from rbdfs.fuse.nodes import ImageFile, Node
 from rbdfs.fuse.tree import Facts, Listed, Tree
 from rbdfs.image.holes import Kind
 from rbdfs.image.image import OpenImage
+from rbdfs.image.object_cache import Span
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.source import Buffer, ImageSource
 from rbdfs.spec import ImageSpec
@@ -103,6 +106,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self._handles = itertools.count(1)
         self._files: dict[int, tuple[ImageRef, OpenImage]] = {}
         self._listings: dict[int, tuple[Listed, ...]] = {}
+        self._looked: dict[int, tuple[float, Facts | None]] = {}
 
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -117,12 +121,24 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         """The kernel has dropped these inodes from its caches."""
         for inode, lookups in inode_list:
             self._tree.forget(inode, lookups)
+            self._looked.pop(inode, None)
 
     @answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        """The attributes as the cluster has them now."""
+        """The attributes as the cluster has had them within ENTRY_SECONDS.
+
+        Beside direct reads that overlap (libaio) the kernel asks again and again: it drops an answer if a read has
+        ended meanwhile (fuse_change_attributes: attr_version), and asks at the next read. The cluster is not asked.
+        """
         node = self._tree.node(inode)
-        return self._attributes(node, await self._tree.facts(node))
+        now = trio.current_time()
+        looked, facts = self._looked.get(inode, (-ENTRY_SECONDS, None))
+        if now - looked >= ENTRY_SECONDS:
+            looked, facts = now, await self._tree.facts(node)
+            self._looked[inode] = looked, facts
+        entry = self._attributes(node, facts)
+        entry.attr_timeout = min(entry.attr_timeout, max(0.0, looked + ENTRY_SECONDS - trio.current_time()))
+        return entry
 
     @answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
@@ -157,7 +173,26 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         image, unchanged = await self._images.open(node.ref, partial(self._connect, node.spec, node.ref))
         handle = next(self._handles)
         self._files[handle] = node.ref, image
+        self._looked.pop(inode, None)
         return pyfuse3.FileInfo(fh=handle, keep_cache=unchanged, direct_io=self._presentation.direct_io)
+
+    def begin_read(self, request: ReadRequest) -> None:
+        """As `read`, by a call: answered from the cache at once, or by the aio that it waits for."""
+        _, image = self._files[request.handle]
+        image.begin_read(request.offset, request.length, partial(self._end_read, request))
+
+    def _end_read(self, request: ReadRequest, result: Span | RbdfsError | None) -> None:
+        try:
+            if result is None:
+                request.serve(self.read)
+            elif isinstance(result, RbdfsError):
+                log.error("%s", result)
+                request.fail(result.errno)
+            else:
+                request.reply(*result)
+        except Exception:  # a request without an answer is a process that nobody can kill
+            log.exception("a read at %d could not be answered; the process that asked gets EIO", request.offset)
+            request.fail(errno.EIO)
 
     @answered
     async def read(  # type: ignore[override]  # pyfuse3 takes any contiguous buffer, and says bytes

@@ -13,7 +13,7 @@ import pyfuse3
 import trio
 
 from rbdfs.errors import MountError
-from rbdfs.fuse.lowlevel import serve_lseek
+from rbdfs.fuse.lowlevel import serve_lseek, serve_reads
 from rbdfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ async def serve(operations: Operations, mountpoint: Path, ready: Callable[[], No
     """Answer the kernel until the file system is unmounted; call `ready` as soon as it is usable."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_tune_when_usable, mountpoint, ready)
-        with serve_lseek(operations.lseek, nursery):
+        with serve_lseek(operations.lseek, nursery), serve_reads(operations.begin_read, nursery):
             await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
         nursery.cancel_scope.cancel()
 

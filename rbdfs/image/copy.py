@@ -19,7 +19,7 @@ from rbdfs.image.holes import HoleMap, Kind, Segment
 from rbdfs.image.source import Buffer, ImageSource, ReadResult
 from rbdfs.image.striper import MIB, Layout
 from rbdfs.image.throttle import Throttle
-from rbdfs.threads import in_thread, in_thread_to_its_end
+from rbdfs.threads import in_thread_of_its_own, in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -283,14 +283,14 @@ class Copy:
                     landed.append(following)
                     following = None
             # Abandoned if cancelled: the reader of a pipe may never read on.
-            await in_thread(self._digest_and_write, landed)
+            await in_thread_of_its_own(self._digest_and_write, landed)
             for piece in landed:
                 self._used(piece)
 
     async def _use_hole(self, hole: Segment) -> None:
         for start in range(hole.start, hole.end, HOLE_STEP):
             stop = min(start + HOLE_STEP, hole.end)
-            await in_thread(self._skip_in_order, start, stop - start)
+            await in_thread_of_its_own(self._skip_in_order, start, stop - start)
             self._used_in_order = stop
 
     def _skip_in_order(self, offset: int, length: int) -> None:

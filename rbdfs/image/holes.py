@@ -5,8 +5,9 @@ hole for data costs time: so only what the cluster says is a hole is one.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -33,8 +34,11 @@ class HoleMap:
         self.size = size
         self.is_asked = False
         """Whether somebody has asked for all of it, or is about to."""
+        self.has_holes = False
+        """Whether one is known."""
         self._starts = [0]
         self._kinds = [Kind.UNKNOWN]
+        self._ranks: list[int] = []
 
     def learn(self, start: int, end: int, data: Iterable[tuple[int, int]]) -> None:
         """Of the bytes [start, end), those in `data` hold data, the rest is hole.
@@ -64,12 +68,44 @@ class HoleMap:
         first_index, last_index = bisect_left(self._starts, start), bisect_right(self._starts, end)
         self._starts[first_index:last_index] = starts
         self._kinds[first_index:last_index] = kinds
+        self._ranks = []
+        self.has_holes = Kind.HOLE in self._kinds
 
     def at(self, offset: int) -> Segment:
         """The segment that holds a byte of the image."""
         index = bisect_right(self._starts, offset) - 1
         end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
         return Segment(self._starts[index], end, self._kinds[index])
+
+    def rank(self, offset: int) -> int:
+        """How many bytes before an offset are not known to be hole."""
+        if not self._ranks:
+            self._ranks = list(accumulate(map(self._present_bytes, range(len(self._starts) - 1)), initial=0))
+        index = bisect_right(self._starts, offset) - 1
+        return self._ranks[index] + (0 if self._kinds[index] is Kind.HOLE else offset - self._starts[index])
+
+    def present(self, start_rank: int, end_rank: int) -> Iterator[tuple[int, int]]:
+        """The ranges [start, end) of the image that are not known to be hole, between two ranks."""
+        self.rank(0)
+        index = bisect_right(self._ranks, start_rank) - 1
+        while index < len(self._starts) and self._ranks[index] < end_rank:
+            offset = self._starts[index] + max(0, start_rank - self._ranks[index])
+            end = self._starts[index] + min(self._present_bytes(index), end_rank - self._ranks[index])
+            if offset < end:
+                yield offset, end
+            index += 1
+
+    def _present_bytes(self, index: int) -> int:
+        """Of a segment."""
+        if self._kinds[index] is Kind.HOLE:
+            return 0
+        end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
+        return end - self._starts[index]
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether all of a range is known to be hole."""
+        known = self.at(offset)
+        return known.kind is Kind.HOLE and offset + length <= known.end
 
     def find(self, offset: int, kind: Kind) -> Segment | None:
         """The first segment at or after `offset` that is of this kind or unknown; None if there is none to the end."""

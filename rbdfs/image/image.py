@@ -1,19 +1,20 @@
 """One open file over an image: the read path between a read() of the kernel and an object of the cluster."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.holes import HoleMap, Kind
-from rbdfs.image.object_cache import CachedImage, ObjectCache
+from rbdfs.image.object_cache import CachedImage, ObjectCache, Span
 from rbdfs.image.readahead import Readahead
 from rbdfs.image.source import Buffer, ImageSource
 
 log = logging.getLogger(__name__)
 
-ZEROS = memoryview(bytes(1 << 20))
+ZEROS = bytes(1 << 20)
 """What every read in a known hole is answered from; the kernel asks for no more at once."""
 
 FLUSH_SECONDS = 2.0
@@ -91,29 +92,72 @@ class OpenImage:
             length = min(length, size - offset)
             if length <= 0:
                 return b""
-        if state.holes is not None and await self._is_known_hole(state.holes, offset, length):
-            return ZEROS[:length] if length <= len(ZEROS) else bytes(length)
-        ahead = self._readahead.on_read(offset, length, size, self._share.limit)
-        if ahead is not None:
-            self._prefetch(*ahead)
-        began = trio.current_time()
-        data = await self._cache.read(state.cached, offset, length)
-        self._readahead.on_wait(trio.current_time() - began)
-        return data
+        if state.holes is not None:
+            await self._ask_for_holes(state.holes)
+            if state.holes.is_hole(offset, length):
+                return memoryview(ZEROS)[:length] if length <= len(ZEROS) else bytes(length)
+        self._read_ahead(offset, length, size)
+        return await self._cache.read(state.cached, offset, length)
 
-    async def _is_known_hole(self, holes: HoleMap, offset: int, length: int) -> bool:
-        """Whether a snapshot is known to hold nothing there: such reads ask no OSD. What can be known is asked once."""
-        if not holes.is_asked:
-            holes.is_asked = True
-            source = self._state.source
-            try:
-                # Only where one answer tells of all of it: then it costs milliseconds.
-                if await source.extents_window() >= holes.size:
-                    await self._learn(source, 0)
-            except RbdfsError as error:
-                log.info("holes are read like data: %s", error)
-        known = holes.at(offset)
-        return known.kind is Kind.HOLE and offset + length <= known.end
+    def begin_read(self, offset: int, length: int, done: Callable[[Span | RbdfsError | None], None]) -> None:
+        """As `read`, by a call, for reads that need no task: `done` is called once, from here or later.
+
+        It gets the bytes, an error, or None where `read` must answer, since the cluster has to be asked for more than
+        data.
+        """
+        state = self._state
+        try:
+            state.source.heed()
+        except StaleError as error:
+            self._stale = error
+            done(error)
+            return
+        size = state.source.size
+        if offset + length > size or length > len(ZEROS) or (state.holes is not None and not state.holes.is_asked):
+            done(None)
+            return
+        if state.holes is not None and state.holes.is_hole(offset, length):
+            done(Span(ZEROS, 0, length))
+            return
+        self._read_ahead(offset, length, size)
+        began = trio.current_time()
+
+        def arrived(result: Span | RbdfsError) -> None:
+            self._readahead.on_wait(trio.current_time() - began)
+            if isinstance(result, StaleError):
+                self._stale = result
+            done(None if isinstance(result, BeyondEndError) else result)
+
+        self._cache.begin_read(state.cached, offset, length, arrived)
+
+    def _read_ahead(self, offset: int, length: int, size: int) -> None:
+        holes = self._holes
+        if not holes.has_holes or holes.size != size:
+            ahead = self._readahead.on_read(offset, length, size, self._share.limit)
+            if ahead is not None:
+                self._prefetch(*ahead)
+            return
+        # A stream goes by what is not known to be hole: whoever skips a hole has read ahead what lies behind it.
+        start, end = holes.rank(offset), holes.rank(offset + length)
+        ahead = (
+            self._readahead.on_read(start, end - start, holes.rank(size), self._share.limit) if start < end else None
+        )
+        if ahead is not None:
+            for part in holes.present(*ahead):
+                self._prefetch(*part)
+
+    async def _ask_for_holes(self, holes: HoleMap) -> None:
+        """Learn, once, what a snapshot holds: reads of its holes then ask no OSD."""
+        if holes.is_asked:
+            return
+        holes.is_asked = True
+        source = self._state.source
+        try:
+            # Only where one answer tells of all of it: then it costs milliseconds.
+            if await source.extents_window() >= holes.size:
+                await self._learn(source, 0)
+        except RbdfsError as error:
+            log.info("holes are read like data: %s", error)
 
     async def flush(self) -> None:
         """What close() is told: raises StaleError if a read found the image gone, or if it is gone now."""
@@ -166,7 +210,5 @@ class OpenImage:
         transfer = self._readahead.transfer
         while start < end:
             stop = min(end, (start // transfer + 1) * transfer)
-            known = self._holes.at(start)
-            if known.kind is not Kind.HOLE or known.end < stop:
-                self._cache.prefetch(self._state.cached, start, stop - start)
+            self._cache.prefetch(self._state.cached, start, stop - start)
             start = stop

@@ -6,7 +6,7 @@ from typing import Protocol
 from rbdfs.errors import RbdfsError
 
 Buffer = bytes | bytearray | memoryview
-ReadResult = Buffer | RbdfsError
+ReadResult = bytes | RbdfsError
 OnComplete = Callable[[ReadResult], None]
 
 

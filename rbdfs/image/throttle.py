@@ -17,6 +17,7 @@ class Throttle:
         self.max_bytes = max_bytes
         self.ops = 0
         self.bytes = 0
+        self.peak_bytes = 0
         self._urgent: dict[Hashable, tuple[int, Start]] = {}
         self._later: dict[Hashable, tuple[int, Start]] = {}
 
@@ -60,4 +61,5 @@ class Throttle:
     def _begin(self, nbytes: int, start: Start) -> None:
         self.ops += 1
         self.bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
         start()
