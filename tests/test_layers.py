@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rbdfs"
 
 NOUNS = {"errors", "spec", "catalog", "threads"}
 MAY_IMPORT = {
-    "cli": {"commands", "fuse", "ceph", "devcluster", *NOUNS},
+    "cli": {"cli", "commands", "fuse", "ceph", "devcluster", *NOUNS},
     "commands": {"commands", "fuse", "image", "target", "ceph", "devcluster", *NOUNS},
     "fuse": {"fuse", "image", *NOUNS},
     "image": {"image", *NOUNS},

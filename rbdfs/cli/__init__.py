@@ -1,0 +1,84 @@
+"""The command line: argv → typed options → a command; exit codes and one-line errors."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from rbdfs import __version__
+from rbdfs.cli.cluster import EPILOG
+from rbdfs.cli.devcluster import add_devcluster
+from rbdfs.cli.images import add_export, add_map
+from rbdfs.cli.mount import add_mount
+from rbdfs.errors import RbdfsError, UsageError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+DEBIAN_PACKAGES = {
+    "pyfuse3": "python3-pyfuse3",
+    "tqdm": "python3-tqdm",
+    "trio": "python3-trio",
+    "rados": "python3-rados",
+    "rbd": "python3-rbd",
+    "librados": "librados2",
+    "librbd": "librbd1",
+}
+"""Where the modules come from that a venv may lack."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. The exit status."""
+    ours, command_line = _split_at_dashes(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parser().parse_args(ours, argparse.Namespace(command_line=command_line))
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except UsageError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except RbdfsError as error:
+        return _fail(str(error), EXIT_FAILED)
+    except ImportError as error:
+        package = DEBIAN_PACKAGES.get(error.name or "")
+        if package is None:
+            raise
+        return _fail(
+            f"the module {error.name} is missing: apt install {package} "
+            "(in a virtual environment: one made with /usr/bin/python3 -m venv --system-site-packages)",
+            EXIT_FAILED,
+        )
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output is gone. Nor can what is buffered of it be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _split_at_dashes(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """What stands before `--`, and the command after it."""
+    position = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:position], arguments[position + 1 :]
+
+
+def _fail(sentence: str, status: int) -> int:
+    print(f"rbdfs: {sentence}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rbdfs",
+        description="Every image in a Ceph cluster as a plain file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rbdfs {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_mount(commands)
+    add_export(commands)
+    add_map(commands)
+    add_devcluster(commands)
+    return parser

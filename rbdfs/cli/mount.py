@@ -1,0 +1,108 @@
+"""`rbdfs mount`: its options."""
+
+import argparse
+import logging
+import os
+from functools import partial
+from pathlib import Path
+
+from rbdfs.cli.cluster import EPILOG, add_cluster_options, cluster_options
+from rbdfs.cli.types import octal, size
+from rbdfs.errors import UsageError
+
+
+def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command `mount`."""
+    parser = commands.add_parser(
+        "mount",
+        help="show the images of a cluster as files",
+        description="Mount a cluster's images, read-only: MOUNTPOINT/POOL/IMAGE, or POOL/NAMESPACE/IMAGE. A "
+        "snapshot is IMAGE@SNAPSHOT, and listed in the hidden directory .snap/IMAGE/ beside its image. Returns when "
+        "the mount is usable, "
+        "then serves in the background until 'umount MOUNTPOINT' ('fusermount3 -u MOUNTPOINT' without root).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", type=Path, help="an existing directory")
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, log to stderr")
+    parser.add_argument("-p", "--pool", metavar="POOL", action="append", default=[], help="only this pool; repeatable")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is done as well, not only what is wrong")
+    parser.add_argument("-d", "--debug", action="store_true", help="log everything")
+    parser.add_argument(
+        "--log-file", metavar="FILE", type=Path, help="log there [syslog in the background, else stderr]"
+    )
+
+    look = parser.add_argument_group("what files look like")
+    look.add_argument("--allow-other", action="store_true", help="let other users in; see /etc/fuse.conf")
+    look.add_argument("--uid", type=int, default=os.getuid(), help="numeric owner of the files [who mounts]")
+    look.add_argument("--gid", type=int, default=os.getgid(), help="numeric group of the files [who mounts]")
+    look.add_argument(
+        "--umask", type=octal, default=0, metavar="OCTAL", help="permissions to take away from 0444 and 0555 [0]"
+    )
+
+    speed = parser.add_argument_group("speed and memory")
+    speed.add_argument(
+        "--cache-size",
+        metavar="SIZE",
+        type=size,
+        default="256M",
+        help="memory for image data, read or read ahead, shared by all files [256M]; 0 turns cache and readahead off",
+    )
+    speed.add_argument(
+        "--direct-io",
+        action="store_true",
+        help="pass by the kernel's page cache: less CPU for large reads, far more for small ones, no mmap",
+    )
+    speed.add_argument(
+        "--callbacks",
+        action="store_true",
+        help="have librbd call back for each read, as its Python binding does, instead of by its event API: "
+        "slower for small reads",
+    )
+    parser.add_argument(
+        "-o",
+        metavar="OPTION[,...]",
+        action="append",
+        default=[],
+        help="the options above without their dashes (allow_other,uid=1000), or libfuse's own",
+    )
+    add_cluster_options(parser)
+    parser.set_defaults(command=partial(_mount, parser))
+
+
+def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from rbdfs.commands.mount import MountOptions, mount  # noqa: PLC0415  (needs pyfuse3, trio, rados and rbd)
+    from rbdfs.fuse.operations import Presentation  # noqa: PLC0415
+
+    fuse_options = _take_mount_options(parser, options)
+    verbosity = logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING
+    return mount(
+        MountOptions(
+            mountpoint=options.mountpoint.absolute(),
+            cluster=cluster_options(options),
+            pools=tuple(options.pool),
+            presentation=Presentation(options.uid, options.gid, options.umask, options.direct_io),
+            fuse_options=fuse_options | ({"allow_other"} if options.allow_other else frozenset()),
+            cache_bytes=options.cache_size,
+            foreground=options.foreground,
+            log_level=verbosity,
+            log_file=options.log_file.absolute() if options.log_file else None,
+        )
+    )
+
+
+def _take_mount_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> frozenset[str]:
+    """Treat what follows `-o` as the option of the same name, as mount(8) and fstab have it; the rest is libfuse's."""
+    fuse_options = set()
+    for option in ",".join(options.o).split(","):
+        name, equals, value = option.partition("=")
+        if name == "rw":
+            raise UsageError("images are shown read-only: there is no -o rw")
+        if name in ("", "ro", "defaults"):
+            continue
+        ours = f"--{name.replace('_', '-')}{equals}{value}"
+        _, unknown = parser.parse_known_args([ours, os.fspath(options.mountpoint)], options)
+        if unknown:
+            fuse_options.add(option)
+    return frozenset(fuse_options)

@@ -1,0 +1,46 @@
+"""What is written on a command line → values."""
+
+import argparse
+import hashlib
+import re
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def octal(text: str) -> int:
+    """Permission bits."""
+    return int(text, 8)
+
+
+def size(text: str) -> int:
+    """Bytes: a number with K, M, G or T, as the rbd command takes it."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a size; write 0, 512M, 2G")
+    number, unit = match.groups()
+    return int(number) << (10 * " KMGT".index(unit.upper() or " "))
+
+
+def rate(text: str) -> int:
+    """Bytes in a second, more than none; a trailing /s is understood."""
+    bytes_per_second = size(text.removesuffix("/s"))
+    if not bytes_per_second:
+        raise argparse.ArgumentTypeError(f"{text} would never end")
+    return bytes_per_second
+
+
+def digest(text: str) -> str:
+    """A digest of a fixed length, by hashlib's name."""
+    try:
+        known = hashlib.new(text).digest_size > 0
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"no such digest: {text}; there are sha256, sha512, blake2b, md5 and others")
+    return text
