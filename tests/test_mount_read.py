@@ -55,7 +55,7 @@ def test_cp_cmp_sha256sum_and_rsync_give_the_bytes_that_were_written(
         output("cmp", str(source), str(copy))
         digest = output("sha256sum", str(source)).split()[0].decode()
         assert digest == hashlib.sha256(content).hexdigest(), name
-    output("rsync", "-a", f"{mount.path}/rbd/", f"{tmp_path}/rsync/")
+    output("rsync", "-a", *(str(mount.image(name)) for name in images), f"{tmp_path}/rsync/")
     for name, content in images.items():
         assert (tmp_path / "rsync" / name).read_bytes() == content, name
 
