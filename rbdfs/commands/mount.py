@@ -31,7 +31,7 @@ from rbdfs.image.throttle import Throttle
 log = logging.getLogger(__name__)
 
 MAX_OPS = 256
-MAX_BYTES = 64 * MIB
+MAX_BYTES = 56 * MIB
 """What the mount may have in flight towards the cluster: operations, and bytes (`rbd export`: 10 objects of 4 MiB).
 librados itself stops at 1,024 operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and
 blocks the caller then."""
