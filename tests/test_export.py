@@ -80,6 +80,15 @@ def kinds(ceph: Ceph) -> Iterator[str]:
             image.write(b"the clone's own", 20 * MIB)
             image.write(b"over its parent's", 8 * MIB)
     yield f"rbd/{child}"
+    yield snapshot(ceph, child)
+    yield f"rbd/{make_holed(ceph, features=ALL_FEATURES | rbd.RBD_FEATURE_JOURNALING)}"
+    old, size = ceph.unique("format1"), f"{len(HOLED)}B"
+    allow = ("env", "RBD_FORCE_ALLOW_V1=1")
+    ceph.run(*allow, "rbd", "create", "--image-format", "1", "--size", size, f"rbd/{old}")
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, old) as image:
+        write_holed(image)
+    yield snapshot(ceph, old)
+    yield f"rbd/{old}"
     pool = ceph.unique("datapool")
     ceph.make_pool(pool)
     yield f"rbd/{make_holed(ceph, data_pool=pool)}"
@@ -93,6 +102,10 @@ def kinds(ceph: Ceph) -> Iterator[str]:
     empty = ceph.unique("empty")
     ceph.make_image(empty, b"")
     yield f"rbd/{empty}"
+    source, moved = make_holed(ceph), ceph.unique("moved")
+    ceph.run("rbd", "migration", "prepare", f"rbd/{source}", f"rbd/{moved}")
+    yield f"rbd/{moved}"
+    ceph.run("rbd", "migration", "abort", "--no-progress", f"rbd/{moved}")
 
 
 def test_bytes_and_allocation_are_those_of_rbd_export_for_every_kind_of_image(ceph: Ceph, tmp_path: Path) -> None:
