@@ -33,7 +33,8 @@ MIN_TASKS = 16
 """Worker tasks that stay: pyfuse3 ends idle ones above this number and starts new ones, for each request again."""
 
 MAX_TASKS = 1024
-"""Requests that are served at once. With as many reads waiting for an OSD, even statfs waits."""
+"""Requests that pyfuse3 serves at once. Without the C library reads are among them: with as many waiting for an OSD,
+even statfs waits."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
