@@ -22,8 +22,7 @@ from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
 from rbdfs.ceph.errors import errno_of, translated
 from rbdfs.ceph.memory import new_buffer
-from rbdfs.threads import in_thread as in_thread  # noqa: PLC0414  (for all of ceph/)
-from rbdfs.threads import in_thread_to_its_end as in_thread_to_its_end  # noqa: PLC0414
+from rbdfs.threads import in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import rados
 import rbd
 
 from rbdfs.catalog import ImageRef
+from rbdfs.ceph.aio import open_in_librbd
 from rbdfs.ceph.errors import translated
 
 Ranges = list[tuple[int, int]]
@@ -41,10 +42,7 @@ def allocation(ioctx: rados.Ioctx, image: ImageRef, offset: int, length: int | N
 
     By an image that is open read-only: to list extents librbd takes the exclusive lock of one that is not.
     """
-    which = {"name": image.id} if image.format == 1 else {"image_id": image.id}
-    with translated(f"ask where image {image.id} lies"), rbd.Image(ioctx, read_only=True, **which) as opened:
-        if image.snapshot_id is not None:
-            opened.set_snap_by_id(image.snapshot_id)
+    with translated(f"ask where image {image.id} lies"), open_in_librbd(ioctx, image) as opened:
         stat = opened.stat()
         length = max(0, min(stat["size"] - offset, stat["size"] if length is None else length))
         own = _ranges(opened, offset, length, include_parent=False)

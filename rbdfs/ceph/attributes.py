@@ -15,13 +15,13 @@ import rbd
 
 from rbdfs.catalog import ImageRef, Namespace
 from rbdfs.ceph import header, librbd
-from rbdfs.ceph.aio import in_thread
 from rbdfs.ceph.directory import DIRECTORY
 from rbdfs.ceph.encoding import NANOSECONDS, Reader, encode_string
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
+from rbdfs.threads import in_thread
 
 META: Final = "meta."
 """Before the keys of an image's own metadata (`rbd image-meta`)."""

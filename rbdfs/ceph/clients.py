@@ -4,6 +4,7 @@ import rados
 import rbd
 
 from rbdfs.catalog import ImageRef
+from rbdfs.ceph.aio import open_in_librbd
 from rbdfs.ceph.errors import translated
 
 
@@ -13,8 +14,7 @@ def writers(ioctx: rados.Ioctx, image: ImageRef) -> list[str]:
     Who writes to an image with the feature exclusive-lock holds its lock. Without it there is no telling: then it is
     all who have it open, other than read-only. To be asked before we open it, or we are among them.
     """
-    which = {"name": image.id} if image.format == 1 else {"image_id": image.id}
-    with translated(f"ask who uses image {image.id}"), rbd.Image(ioctx, read_only=True, **which) as opened:
+    with translated(f"ask who uses image {image.id}"), open_in_librbd(ioctx, image) as opened:
         if opened.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
             lock = opened.list_lockers()
             return [str(address) for _client, _cookie, address in lock["lockers"]] if lock else []

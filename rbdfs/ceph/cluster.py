@@ -19,8 +19,6 @@ from rbdfs.ceph.aio import (
     EventImage,
     Handover,
     ReadHandle,
-    in_thread,
-    in_thread_to_its_end,
     open_in_librbd,
 )
 from rbdfs.ceph.attributes import AttributeReader
@@ -31,7 +29,7 @@ from rbdfs.ceph.image import Asks, CephImage
 from rbdfs.ceph.read_op import ReadOperations
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import wait_for_abandoned
+from rbdfs.threads import in_thread, in_thread_to_its_end, wait_for_abandoned
 
 log = logging.getLogger(__name__)
 

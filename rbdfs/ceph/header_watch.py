@@ -10,9 +10,10 @@ from functools import partial
 import rados
 import trio
 
-from rbdfs.ceph.aio import Handover, in_thread_to_its_end
+from rbdfs.ceph.aio import Handover
 from rbdfs.ceph.errors import errno_of
 from rbdfs.spec import ImageSpec
+from rbdfs.threads import in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import trio
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import header, librbd
-from rbdfs.ceph.aio import Handover, ReadHandle, in_thread, in_thread_to_its_end
+from rbdfs.ceph.aio import Handover, ReadHandle
 from rbdfs.ceph.changes import (
     GET_LOCK_INFO,
     SNAPSHOT_SECONDS,
@@ -29,6 +29,7 @@ from rbdfs.ceph.header_watch import HeaderWatch
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
+from rbdfs.threads import in_thread, in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 
