@@ -23,7 +23,7 @@ packages=(
     python3-tqdm                 # the progress bar of an export
     fuse3                        # fusermount3: to mount without root
     python3-venv
-    gcc libc6-dev libfuse3-dev   # for rbdfs/fuse/lowlevel.c, without which holes in images look like data
+    gcc libc6-dev libfuse3-dev   # for rbdfs/fuse/*.c, without which holes in images look like data
 )
 
 die() {
@@ -62,7 +62,7 @@ is_made_here() {
 is_current() {
     local source
     is_made_here || return 1
-    for source in pyproject.toml rbdfs/fuse/lowlevel.c examples/install.sh; do
+    for source in pyproject.toml rbdfs/fuse/*.[ch] examples/install.sh; do
         [[ $venv/rbdfs-checkout -nt $source ]] || return 1
     done
 }
@@ -74,7 +74,7 @@ make_venv() {
         --upgrade --editable "$checkout" "${from_pypi[@]}"
     "$venv/bin/python" -c 'import pyfuse3, rados, rbd, rbdfs, trio' || die "$venv lacks a module, see above"
     compgen -G 'rbdfs/fuse/_lowlevel*.so' >/dev/null ||
-        echo "install.sh: rbdfs/fuse/lowlevel.c could not be built: all else works, but holes in images look like data" >&2
+        echo "install.sh: rbdfs/fuse/*.c could not be built: all else works, but holes in images look like data" >&2
     echo "$venv $PWD" >"$venv/rbdfs-checkout"
 }
 

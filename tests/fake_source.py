@@ -7,6 +7,7 @@ import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.image.source import OnComplete
+from rbdfs.shortcut import RawImage, Shortcut
 
 
 @dataclass
@@ -102,6 +103,20 @@ class FakeSource:
     async def write_version(self) -> int | None:
         """See `ImageSource.write_version`."""
         return self.version
+
+    async def shorten(self, make: Callable[[RawImage], Shortcut]) -> Shortcut | None:
+        """See `ImageSource.shorten`: what is in memory is not open in librbd."""
+
+    def settle(self, offset: int, length: int, result: int, data: bytes, oncomplete: OnComplete) -> None:
+        """See `ImageSource.settle`."""
+        answer: bytes | RbdfsError = data
+        if self.gone:
+            answer = StaleError("the image is gone")
+        elif 0 <= result < length:
+            answer = BeyondEndError(f"cannot read at {offset} (+{length})")
+        elif result < 0:
+            answer = ReadError(f"cannot read at {offset} (+{length})", -result)
+        trio.lowlevel.current_trio_token().run_sync_soon(oncomplete, answer)
 
     async def close(self) -> None:
         """See `ImageSource.close`."""

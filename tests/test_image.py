@@ -4,6 +4,7 @@ import errno
 import random
 
 import pytest
+import trio.testing
 
 from rbdfs.errors import ReadError, StaleError
 from rbdfs.image.holes import Kind
@@ -66,6 +67,29 @@ async def test_small_random_reads_fetch_at_most_64_kib_each() -> None:
         await image.read(chance.randrange(image.size // 4096) * 4096, 4096)
     assert cluster.source.fetched_bytes <= 500 * 64 * KIB
     assert max(aio.length for aio in cluster.source.aios) <= 4 * MIB
+
+
+@in_trio
+async def test_what_a_shortcut_could_not_answer_is_settled_as_any_read() -> None:
+    cluster = Cluster(random_source(64 * KIB))
+    image, _ = await cluster.images.open("key", cluster.connect)
+    results: list[object] = []
+
+    async def settle(result: int, data: bytes) -> object:
+        image.settle(100, 4, result, data, results.append)
+        await trio.testing.wait_all_tasks_blocked()
+        return results.pop()
+
+    assert await settle(4, b"data") == (b"data", 0, 4)
+    assert await settle(2, b"da") is None  # the image ends before: `read` answers
+    failed = await settle(-errno.EPERM, b"")
+    assert isinstance(failed, ReadError)
+    assert failed.errno == errno.EPERM
+    await image.flush()
+    cluster.source.gone = True
+    assert isinstance(await settle(4, bytes(4)), StaleError)
+    with pytest.raises(StaleError):
+        await image.flush()
 
 
 @in_trio

@@ -1,6 +1,7 @@
 """One contract for what `image/` needs of the cluster: the fake passes it, and a real image does, read either way."""
 
 import contextlib
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
@@ -83,6 +84,20 @@ async def read(source: ImageSource, offset: int, length: int) -> ReadResult:
     return results[0]
 
 
+async def settle(source: ImageSource, offset: int, length: int, result: int, data: bytes) -> ReadResult:
+    """The same for a read that was made without Python."""
+    results: list[ReadResult] = []
+    done = trio.Event()
+
+    def oncomplete(result: ReadResult) -> None:
+        results.append(result)
+        done.set()
+
+    source.settle(offset, length, result, data, oncomplete)
+    await done.wait()
+    return results[0]
+
+
 def as_bytes(result: ReadResult) -> bytes:
     """The bytes of a read that must have succeeded."""
     assert isinstance(result, Buffer)
@@ -102,6 +117,17 @@ async def test_a_read_is_exactly_the_bytes_that_were_asked_for(open_source: Open
     async with open_source() as source:
         for offset, length in [(0, 1), (0, SIZE), (SIZE - 1, 1), (12_345, 300_000), (OBJECT_SIZE - 1, 2)]:
             assert as_bytes(await read(source, offset, length)) == CONTENT[offset : offset + length]
+
+
+@in_trio
+async def test_what_was_read_without_python_is_settled_as_any_read(open_source: OpenSource) -> None:
+    async with open_source() as source:
+        assert as_bytes(await settle(source, 100, 4, 4, b"data")) == b"data"
+        assert as_bytes(await settle(source, 100, 4, 4, bytes(4))) == bytes(4)  # after a look
+        assert isinstance(await settle(source, 100, 4, 2, b"da"), BeyondEndError)
+        failed = await settle(source, 100, 4, -errno.EPERM, b"")
+        assert isinstance(failed, RbdfsError)
+        assert failed.errno == errno.EPERM
 
 
 @in_trio

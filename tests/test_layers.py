@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rbdfs"
 
-NOUNS = {"errors", "spec", "catalog", "threads"}
+NOUNS = {"errors", "spec", "catalog", "shortcut", "threads"}
 MAY_IMPORT = {
     "cli": {"cli", "commands", "fuse", "ceph", "devcluster", *NOUNS},
     "commands": {"commands", "fuse", "image", "target", "ceph", "devcluster", *NOUNS},
@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "ceph": {"ceph", *NOUNS},
     "devcluster": {"devcluster", *NOUNS},
     "catalog": set(),
+    "shortcut": set(),
     "spec": {"errors"},
     "threads": set(),
     "errors": set(),

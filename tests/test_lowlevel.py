@@ -161,6 +161,11 @@ def mount_files(mountpoint: str) -> None:
     pyfuse3.init(Files(), mountpoint, {*pyfuse3.default_options, "ro"})
 
 
+def never_arrives(request: object, result: int, data: bytes) -> None:
+    """No file here takes the shortcut."""
+    raise AssertionError((request, result, data))
+
+
 async def serve(mountpoint: str, how: list[str]) -> None:
     """Mount on `mountpoint` until told otherwise; `how` may have "pyfuse3 first", "no handler" and "reads"."""
     if "pyfuse3 first" in how:
@@ -184,7 +189,7 @@ async def serve(mountpoint: str, how: list[str]) -> None:
             read_handler = partial(begin_read, nursery=nursery, go=go)
             with (
                 nullcontext() if "no handler" in how else lowlevel.serve_lseek(handler, nursery),
-                lowlevel.serve_reads(read_handler, nursery) if "reads" in how else nullcontext(),
+                lowlevel.serve_reads(read_handler, never_arrives, nursery) if "reads" in how else nullcontext(),
             ):
                 tell(mounted=mountpoint)
                 await pyfuse3.main()

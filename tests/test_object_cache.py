@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbdfs.errors import ReadError
+from rbdfs.image.held_blocks import BLOCK_BYTES
 from rbdfs.image.object_cache import MISS_ALIGNMENT, CachedImage, ObjectCache
 from rbdfs.image.striper import Layout
 from rbdfs.image.throttle import Throttle
@@ -206,6 +207,26 @@ async def test_readahead_that_waits_is_dropped_with_its_image() -> None:
     setup.source.release()
     assert len(setup.source.aios) == 2
     assert setup.cache.held_bytes == 0
+
+
+@in_trio
+async def test_which_blocks_are_held_follows_what_is_fetched_and_evicted() -> None:
+    setup = Setup(budget=64 * KIB)
+    await setup.check(0, 8 * KIB)
+    held = setup.image.held_blocks()
+    assert held.counts[0] == 1
+    chance = random.Random(4)
+    for _ in range(100):
+        offset = chance.randrange(256 * KIB)
+        await setup.check(offset, min(chance.choice([100, 4 * KIB, 70 * KIB]), 256 * KIB - offset))
+        fetches = setup.image.fetches()
+        for block in range(4):
+            start = block * BLOCK_BYTES
+            touching = [f for f in fetches if f.offset < start + BLOCK_BYTES and start < f.offset + f.length]
+            assert held.counts[block] == len(touching)
+    assert setup.cache.counts.evictions > 0
+    setup.cache.forget(setup.image)
+    assert not any(held.counts)
 
 
 READS = st.lists(st.tuples(st.booleans(), st.integers(0, 99_999), st.integers(1, 30_000)), max_size=40)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from rbdfs.image.readahead import SKIP_BYTES_MAX, STREAMS, WINDOW_BYTES, Readahead
+from rbdfs.image.readahead import SCATTERED_READS, SKIP_BYTES_MAX, STREAMS, WINDOW_BYTES, Readahead
 from rbdfs.image.striper import MIB
 
 KIB = 1024
@@ -55,6 +55,17 @@ def test_small_random_reads_are_not_read_ahead_for(size: int) -> None:
     chance = random.Random(7)
     reads = [(chance.randrange(size // 4096) * 4096, 4096) for _ in range(2000)]
     assert len(run(reads, size)) <= 2
+
+
+def test_a_random_reader_is_known_by_reads_that_are_near_no_other() -> None:
+    readahead, chance = Readahead(4 * MIB), random.Random(7)
+    for _ in range(SCATTERED_READS):
+        assert not readahead.is_scattered
+        readahead.on_read(chance.randrange(SIZE // 4096) * 4096, 4096, SIZE, lambda: SIZE)
+    assert readahead.is_scattered
+    readahead.on_read(SIZE // 2, 4096, SIZE, lambda: SIZE)
+    readahead.on_read(SIZE // 2 + 4096, 4096, SIZE, lambda: SIZE)
+    assert not readahead.is_scattered
 
 
 def test_a_reader_that_goes_backwards_is_not_read_ahead_for() -> None:

@@ -208,9 +208,14 @@ class Cluster:
                 return CallbackImage(ioctx, image, self._handover)
             return EventImage(read_ioctx, image)
 
+        def open_raw() -> librbd.Image[None]:
+            return read_ioctx.open_image(None, image.id, snap_id=image.snapshot_id, by_name=image.format == 1)
+
         asks = Asks(self._operations, read_ioctx)
         try:
-            return await CephImage.open(spec, image, ioctx, asks, self._handover, open_handle)
+            return await CephImage.open(
+                spec, image, ioctx, asks, self._handover, open_handle, open_raw if self._by_events else None
+            )
         except RbdfsError as error:
             if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
                 raise

@@ -28,6 +28,7 @@ from rbdfs.ceph.errors import reason_of, translated
 from rbdfs.ceph.header_watch import HeaderWatch
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
+from rbdfs.shortcut import RawImage, Shortcut
 from rbdfs.spec import ImageSpec
 from rbdfs.threads import in_thread, in_thread_to_its_end
 
@@ -41,6 +42,9 @@ OnComplete = Callable[[bytes | RbdfsError], None]
 OpenHandle = Callable[[], ReadHandle]
 """Opens an image in librbd; blocks, raises RbdfsError."""
 
+OpenRaw = Callable[[], librbd.Image[None]]
+"""The same, for reads by C calls alone."""
+
 _MAP_INVALID = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 
 OBJECTS_ASKED_AT_ONCE = 256
@@ -48,6 +52,9 @@ OBJECTS_ASKED_AT_ONCE = 256
 
 POLL_SECONDS = 1.0
 """How often an image is looked at while it is read, so that who reads from caches hears of its removal, too."""
+
+IN_FLIGHT_SECONDS = 0.005
+"""How often a shortcut that is being closed is asked whether librbd has answered its last reads."""
 
 SNAPSHOT_VERSION = 0
 """The write version of what nobody writes to."""
@@ -77,6 +84,7 @@ class CephImage:
         asks: Asks,
         handover: Handover,
         open_handle: OpenHandle,
+        open_raw: OpenRaw | None,
     ) -> None:
         """To be followed by `_open`; `open` does both. `ioctx` is closed with the image."""
         self.spec = spec
@@ -88,6 +96,9 @@ class CephImage:
         self._asks = asks
         self._handover = handover
         self._open_handle = open_handle
+        self._open_raw = open_raw
+        self._shortened: tuple[librbd.Image[None], Shortcut] | None = None
+        self._shortening = trio.Lock()
         self._is_clone = False
         self._in_flight: dict[ReadHandle, int] = {}
         self._one_is_idle = trio.Event()
@@ -102,9 +113,10 @@ class CephImage:
         asks: Asks,
         handover: Handover,
         open_handle: OpenHandle,
+        open_raw: OpenRaw | None,
     ) -> "CephImage":
         """Open the image by `open_handle`, which blocks. `ioctx` is given away. Raises RbdfsError."""
-        opened = cls(spec, image, ioctx, asks, handover, open_handle)
+        opened = cls(spec, image, ioctx, asks, handover, open_handle, open_raw)
         try:
             features = await opened._ask_features()
             if not opened.is_constant:
@@ -189,6 +201,54 @@ class CephImage:
         self._in_flight[handle] += 1
         handle.aio_read(offset, length, partial(self._finish, handle, offset, length, oncomplete))
 
+    def settle(self, offset: int, length: int, result: int, data: bytes, oncomplete: OnComplete) -> None:
+        """See `ImageSource.settle`."""
+        handle = self._handle
+        self._in_flight[handle] += 1
+        self._finish(handle, offset, length, oncomplete, result, data)
+
+    async def shorten(self, make: Callable[[RawImage], Shortcut]) -> Shortcut | None:
+        """See `ImageSource.shorten`. librbd opens the image once more: it announces completions on an image's eventfd
+        whoever waits for them."""
+        is_striped = (self.stripe_unit, self.stripe_count) != (self.object_size, 1)
+        if self._open_raw is None or is_striped or (self._is_clone and not self.is_constant):
+            return None
+        async with self._shortening:
+            if self._shortened is None:
+                image = await in_thread_to_its_end(self._open_raw)
+                try:
+                    size = (await in_thread_to_its_end(image.info)).size
+                    raw = RawImage(image.address, *librbd.RAW_CALLS, size, self.object_size, self.is_constant)
+                    self._shortened = image, make(raw)
+                except BaseException:
+                    with trio.CancelScope(shield=True):
+                        await in_thread_to_its_end(image.close)
+                    raise
+            self._open_shortcut()
+            return self._shortened[1]
+
+    def _open_shortcut(self) -> None:
+        """What was seen of the image holds for so long."""
+        if self._shortened is None:
+            return
+        looks = self._looks
+        until = looks.in_place + SNAPSHOT_SECONDS if self.is_constant else looks.latest + POLL_SECONDS
+        self._shortened[1].open(0.0 if looks.stale is not None else until - trio.current_time())
+
+    async def _close_shortcut(self) -> None:
+        async with self._shortening:
+            if self._shortened is None:
+                return
+            image, shortcut = self._shortened
+            self._shortened = None
+            shortcut.open(0.0)
+            while shortcut.in_flight:  # noqa: ASYNC110  (there is no event: nobody in Python hears of them)
+                await trio.sleep(IN_FLIGHT_SECONDS)
+            try:
+                await in_thread_to_its_end(image.close)
+            except RbdfsError as error:
+                log.warning("%s could not be closed in good order: %s", self.spec, error)
+
     def _finish(
         self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
     ) -> None:
@@ -221,6 +281,7 @@ class CephImage:
         self, handle: ReadHandle, offset: int, oncomplete: OnComplete, data: bytes, looked: int | RbdfsError
     ) -> None:
         self._ended(handle)
+        self._open_shortcut()
         what = f"cannot read {self.spec} at {offset} (+{len(data)})"
         if isinstance(looked, StaleError):
             oncomplete(looked)
@@ -262,6 +323,7 @@ class CephImage:
             looks.ask(lambda _: self._ended(handle))
             if self.watch is not None:
                 self.watch.renew_if_lost()
+            self._open_shortcut()
 
     async def verify(self) -> None:
         """See `ImageSource.verify`."""
@@ -290,6 +352,7 @@ class CephImage:
 
     async def _open_anew(self) -> None:
         stale = self._handle
+        await self._close_shortcut()
         await self._open()
         await self._close_handle(stale)
 
@@ -352,6 +415,7 @@ class CephImage:
 
     async def close(self) -> None:
         """See `ImageSource.close`."""
+        await self._close_shortcut()
         await self._close_handle(self._handle)
         if self.watch is not None:
             await self.watch.aclose()

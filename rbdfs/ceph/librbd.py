@@ -127,6 +127,19 @@ _rbd_aio_get_return_value = _bind(_librbd_short, "rbd_aio_get_return_value", c_s
 _rbd_aio_release = _bind(_librbd_short, "rbd_aio_release", None, c_void_p)
 
 
+def _address(name: str) -> int:
+    return ctypes.cast(_librbd[name], c_void_p).value or 0
+
+
+RAW_CALLS: tuple[int, int, int, int] = (
+    _address("rbd_aio_create_completion"),
+    _address("rbd_aio_read"),
+    _address("rbd_aio_get_return_value"),
+    _address("rbd_aio_release"),
+)
+"""The addresses of these four, for callers in C, whose completions come by callbacks in a thread of librbd's."""
+
+
 def _check(result: int, what: str, error: type[RbdfsError] = RbdfsError) -> None:
     if result < 0:
         raise error(f"{what}: {reason_of(-result)}", -result)
@@ -194,12 +207,13 @@ class Ioctx:
         return self._handle
 
     def open_image(
-        self, event_fd: int, image_id: str, *, snap_id: int | None = None, by_name: bool = False
+        self, event_fd: int | None, image_id: str, *, snap_id: int | None = None, by_name: bool = False
     ) -> "Image[Token]":
         """Open an image at a snapshot or at HEAD, read-only; `by_name` takes its name for `image_id` (format 1).
 
         `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not
-        check it: with a wrong one, completions are never announced. The image is not watched: one that is then removed
+        check it: with a wrong one, completions are never announced. With None, completions are for callbacks only,
+        see `RAW_CALLS`. The image is not watched: one that is then removed
         reads as zeros, without an error.
         """
         function = _rbd_open_read_only if by_name else _rbd_open_by_id_read_only
@@ -209,8 +223,9 @@ class Ioctx:
             if snap_id is not None:
                 result = _rbd_snap_set_by_id(handle, snap_id)
                 _check(result, f"cannot open snapshot {snap_id} of image {image_id}")
-            result = _rbd_set_image_notification(handle, event_fd, _EVENT_TYPE_EVENTFD)
-            _check(result, f"cannot set the eventfd of image {image_id}")
+            if event_fd is not None:
+                result = _rbd_set_image_notification(handle, event_fd, _EVENT_TYPE_EVENTFD)
+                _check(result, f"cannot set the eventfd of image {image_id}")
         except RbdfsError:
             _rbd_close(handle)
             raise
@@ -253,6 +268,13 @@ class Image(Generic[Token]):
         self._new = _Completion()
         self._new_ref = byref(self._new)
         self._polled = (_Completion * _COMPLETIONS_PER_POLL)()
+
+    @property
+    def address(self) -> int:
+        """The `rbd_image_t`, for `RAW_CALLS`."""
+        if self._handle is None:
+            raise ValueError(f"image {self._name} is closed")
+        return self._handle
 
     def submit(self, offset: int, length: int, buffer: bytes, token: Token) -> None:
         """Start a read of `length` bytes at image `offset` into `buffer` (see memory.py); short, keeps the GIL.

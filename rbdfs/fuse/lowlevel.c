@@ -6,8 +6,8 @@
  * imported, it comes first when the dynamic linker binds pyfuse3's reference; it copies the table, fills in
  * .lseek and .read, and passes the copy on to the function that pyfuse3 would have called without us.
  *
- * In the same way it stands in for the functions by which pyfuse3 waits for requests and receives them. rbdfs waits
- * itself, and has reads begun by a call, as many in a row as the kernel has; other requests are kept for pyfuse3.
+ * In the same way it stands in for the functions by which pyfuse3 waits for requests and receives them (receiving.c):
+ * rbdfs waits itself, and has reads begun by a call; or takes them to librbd and back without Python (shortcut.c).
  *
  * That function has had several names:
  *
@@ -21,27 +21,14 @@
  *
  * It is no Python module: rbdfs/fuse/lowlevel.py loads it through ctypes.
  */
-#define _GNU_SOURCE
-#define _FILE_OFFSET_BITS 64
-#define FUSE_USE_VERSION 35
+#include "lowlevel.h"
 #include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <fuse3/fuse_lowlevel.h>
-#include <linux/fuse.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
 
 struct libfuse_version; /* new in the headers of 3.17 */
-
-/* Called for each request, in the thread and inside the call of fuse_session_process_buf(). Must not block.
- * Whoever is called owns `req` and answers it, then or later, by exactly one of the two reply functions below. */
-typedef void (*lseek_callback)(void *req, uint64_t inode, uint64_t fh, int64_t offset, int whence);
-typedef void (*read_callback)(void *req, uint64_t inode, uint64_t fh, int64_t offset, size_t size);
 
 typedef struct fuse_session *(*session_new)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
 typedef struct fuse_session *(*session_new_versioned)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t,
@@ -49,7 +36,6 @@ typedef struct fuse_session *(*session_new_versioned)(struct fuse_args *, const 
 
 /* All of this belongs to the one thread that makes the session and serves it. */
 static lseek_callback on_lseek;
-static read_callback on_read;
 static void (*pyfuse3_read)(fuse_req_t req, fuse_ino_t inode, size_t size, off_t offset, struct fuse_file_info *fi);
 static int (*reply_lseek)(fuse_req_t req, off_t offset);
 static int (*reply_buf)(fuse_req_t req, const char *buf, size_t size);
@@ -66,12 +52,6 @@ int rbdfs_sessions(void)
 void rbdfs_on_lseek(lseek_callback answer)
 {
 	on_lseek = answer;
-}
-
-/* The same; NULL for pyfuse3. */
-void rbdfs_on_read(read_callback answer)
-{
-	on_read = answer;
 }
 
 /* All replies return 0 or -errno: -ENOENT where the caller was interrupted, -ENODEV after an unmount. In either
@@ -101,16 +81,14 @@ static void op_lseek(fuse_req_t req, fuse_ino_t inode, off_t offset, int whence,
 
 static void op_read(fuse_req_t req, fuse_ino_t inode, size_t size, off_t offset, struct fuse_file_info *fi)
 {
-	if (on_read)
-		on_read(req, inode, fi->fh, offset, size);
-	else
+	if (!rbdfs_received_read(req, inode, fi->fh, offset, size))
 		pyfuse3_read(req, inode, size, offset, fi);
 }
 
 /* What `name` would have been bound to without this library, for the code at `caller`: dlsym() on the calling
  * object searches that object and its dependencies. RTLD_NEXT would not do: it starts from this library's
  * dependencies, and pyfuse3's, loaded by Python with RTLD_LOCAL, are not among them. */
-static void *find(const char *name, void *caller)
+void *rbdfs_find(const char *name, void *caller)
 {
 	Dl_info info;
 	void *object, *symbol = NULL;
@@ -136,9 +114,9 @@ static struct fuse_lowlevel_ops *with_ours(const struct fuse_lowlevel_ops *op, s
 
 	if (!op || (*size >= needed && op->lseek)) /* somebody else's session, or a pyfuse3 that has learned lseek */
 		return NULL;
-	reply_lseek = find("fuse_reply_lseek", caller);
-	reply_buf = find("fuse_reply_buf", caller);
-	reply_err = find("fuse_reply_err", caller);
+	reply_lseek = rbdfs_find("fuse_reply_lseek", caller);
+	reply_buf = rbdfs_find("fuse_reply_buf", caller);
+	reply_err = rbdfs_find("fuse_reply_err", caller);
 	if (!reply_lseek || !reply_buf || !reply_err) /* libfuse before 3.8 */
 		return NULL;
 	copy = calloc(1, *size > needed ? *size : needed);
@@ -157,7 +135,7 @@ static struct fuse_lowlevel_ops *with_ours(const struct fuse_lowlevel_ops *op, s
 static struct fuse_session *next_session_new(const char *name, void *caller, struct fuse_args *args,
 					     const struct fuse_lowlevel_ops *op, size_t op_size, void *userdata)
 {
-	session_new next = find(name, caller);
+	session_new next = rbdfs_find(name, caller);
 	struct fuse_lowlevel_ops *copy;
 	struct fuse_session *session;
 
@@ -173,7 +151,7 @@ static struct fuse_session *next_session_new_versioned(const char *name, void *c
 						       const struct fuse_lowlevel_ops *op, size_t op_size,
 						       struct libfuse_version *version, void *userdata)
 {
-	session_new_versioned next = find(name, caller);
+	session_new_versioned next = rbdfs_find(name, caller);
 	struct fuse_lowlevel_ops *copy;
 	struct fuse_session *session;
 
@@ -209,139 +187,3 @@ struct fuse_session *session_new_30(struct fuse_args *args, const struct fuse_lo
 INTERPOSE_VERSIONED(session_new_317, "_fuse_session_new")
 INTERPOSE_VERSIONED(session_new_317_unversioned, "_fuse_session_new_317")
 INTERPOSE_VERSIONED(session_new_318, "fuse_session_new_versioned")
-
-/* Where requests come from. pyfuse3 waits for `gate`: while rbdfs receives, that tells of what it has kept for pyfuse3,
- * else of the kernel. One session at a time, as pyfuse3 has it. */
-struct kept {
-	struct kept *next;
-	size_t size;
-	char request[];
-};
-
-static struct {
-	struct fuse_session *session;
-	int kernel, gate, kept_event;
-	int is_ours;          /* rbdfs receives */
-	struct kept *kept, **last;
-	int has_ended, ended; /* what the kernel said in the end */
-	struct {
-		struct fuse_buf buf;
-		char fields_to_come[64];
-	} received;
-} in = { .kernel = -1, .gate = -1, .kept_event = -1 };
-
-static int (*next_receive_buf)(struct fuse_session *, struct fuse_buf *);
-static void (*process_buf)(struct fuse_session *, const struct fuse_buf *);
-
-static int turn_gate(int from, int to)
-{
-	struct epoll_event readable = { .events = EPOLLIN };
-
-	epoll_ctl(in.gate, EPOLL_CTL_DEL, from, NULL);
-	return epoll_ctl(in.gate, EPOLL_CTL_ADD, to, &readable);
-}
-
-int session_fd(struct fuse_session *session) __asm__("fuse_session_fd");
-int session_fd(struct fuse_session *session)
-{
-	int (*next)(struct fuse_session *) = find("fuse_session_fd", CALLER);
-
-	next_receive_buf = find("fuse_session_receive_buf", CALLER);
-	process_buf = find("fuse_session_process_buf", CALLER);
-	if (in.gate < 0)
-		in.gate = epoll_create1(EPOLL_CLOEXEC);
-	if (in.kept_event < 0)
-		in.kept_event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	in.kernel = next(session);
-	in.session = NULL;
-	if (in.kept_event < 0 || turn_gate(in.kept_event, in.kernel))
-		return in.kernel;
-	in.session = session;
-	in.has_ended = 0;
-	in.last = &in.kept;
-	return in.gate;
-}
-
-/* From now on rbdfs_receive() has the kernel's requests: the descriptor to wait for; -1 if that cannot be. */
-int rbdfs_begin_receiving(void)
-{
-	if (!in.session || turn_gate(in.kernel, in.kept_event))
-		return -1;
-	fcntl(in.kernel, F_SETFL, fcntl(in.kernel, F_GETFL) | O_NONBLOCK);
-	in.is_ours = 1;
-	return in.kernel;
-}
-
-/* pyfuse3 has them again. */
-void rbdfs_end_receiving(void)
-{
-	in.is_ours = 0;
-	turn_gate(in.kept_event, in.kernel);
-}
-
-static int keep(const struct fuse_buf *buf)
-{
-	struct kept *kept = malloc(sizeof *kept + buf->size);
-
-	if (!kept)
-		return -ENOMEM;
-	kept->next = NULL;
-	kept->size = buf->size;
-	memcpy(kept->request, buf->mem, buf->size);
-	*in.last = kept;
-	in.last = &kept->next;
-	eventfd_write(in.kept_event, 1);
-	return 0;
-}
-
-/* Take one request from the kernel: a read is begun, any other kept for pyfuse3. 1 if there was one, 0 if not, -1 at
- * the end of the session, of which pyfuse3 is told as well. */
-int rbdfs_receive(void)
-{
-	struct fuse_buf *buf = &in.received.buf;
-	int received = next_receive_buf(in.session, buf);
-
-	if (received == -EAGAIN || received == -EINTR)
-		return 0;
-	if (received > 0) {
-		if (on_read && ((struct fuse_in_header *)buf->mem)->opcode == FUSE_READ) {
-			process_buf(in.session, buf);
-			return 1;
-		}
-		received = keep(buf);
-		if (!received)
-			return 1;
-	}
-	in.has_ended = 1;
-	in.ended = received;
-	eventfd_write(in.kept_event, 1);
-	return -1;
-}
-
-/* The next request for pyfuse3; -EINTR, upon which it waits again, if there is none. */
-int receive_buf(struct fuse_session *session, struct fuse_buf *buf) __asm__("fuse_session_receive_buf");
-int receive_buf(struct fuse_session *session, struct fuse_buf *buf)
-{
-	struct kept *kept = in.kept;
-	eventfd_t count;
-
-	free(buf->mem); /* may be one of ours, which are as large as the request, or one of libfuse's, which are not */
-	buf->mem = NULL;
-	if (!kept && !in.is_ours)
-		return next_receive_buf(session, buf);
-	if (!kept)
-		return in.has_ended ? in.ended : -EINTR;
-	buf->mem = malloc(kept->size);
-	if (!buf->mem)
-		return -ENOMEM;
-	buf->size = kept->size;
-	memcpy(buf->mem, kept->request, kept->size);
-	in.kept = kept->next;
-	free(kept);
-	if (!in.kept) {
-		in.last = &in.kept;
-		if (!in.has_ended)
-			eventfd_read(in.kept_event, &count);
-	}
-	return (int)buf->size;
-}

@@ -5,7 +5,7 @@ resumes a task of its own, starts a coroutine and hands a lock on; a read that i
 an aio, needs none of that. The C library built from lowlevel.c fills both slots. For that the dynamic linker must find
 it before it binds pyfuse3 to libfuse, that is, before pyfuse3 is imported: `rbdfs/fuse/__init__.py` sees to it.
 Without the library (no compiler or no libfuse3-dev when rbdfs was installed) pyfuse3 serves the reads, all else works
-too, and files look solid.
+too, and files look solid. Scattered reads can be answered without Python, see shortcut.py.
 
 What the kernel does (fs/fuse/file.c: fuse_file_llseek, fuse_lseek): only SEEK_DATA and SEEK_HOLE come here, also with
 an offset past the end of the file. It holds the inode's lock meanwhile, so that seeks in one file come one at a time.
@@ -48,44 +48,46 @@ _ERRNO_MAX: Final = 511  # the kernel takes no error beyond it (fs/fuse/dev.c: f
 _RECEIVED_AT_ONCE: Final = 32  # then others have their turn
 
 _OnLseek = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int)
-_OnRead = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_size_t)
+_READ = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64, ctypes.c_size_t)
+_OnRead = ctypes.CFUNCTYPE(None, *_READ)
+_OnArrived = ctypes.CFUNCTYPE(None, *_READ, ctypes.c_int64, ctypes.c_void_p)
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def _load_library() -> ctypes.PyDLL | None:
-    """The library, put in front of libfuse for whatever is loaded from now on; None where it was not built.
+    """The C library, put in front of libfuse for whatever is loaded from now on; None where it was not built.
 
     A PyDLL keeps the GIL in calls: a reply is one short write to /dev/fuse, not worth changing hands for.
     """
     spec = importlib.util.find_spec("rbdfs.fuse._lowlevel")  # built like an extension module, never imported as one
     if spec is None or spec.origin is None:
         return None
-    library = ctypes.PyDLL(spec.origin, mode=ctypes.RTLD_GLOBAL)
-    library.rbdfs_sessions.argtypes = []
-    library.rbdfs_on_lseek.argtypes = [_OnLseek]
-    library.rbdfs_on_lseek.restype = None
-    library.rbdfs_on_read.argtypes = [_OnRead]
-    library.rbdfs_on_read.restype = None
-    library.rbdfs_begin_receiving.argtypes = []
-    library.rbdfs_end_receiving.argtypes = []
-    library.rbdfs_end_receiving.restype = None
-    library.rbdfs_receive.argtypes = []
-    library.rbdfs_reply_lseek.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.rbdfs_reply_read.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
-    library.rbdfs_reply_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    return library
+    loaded = ctypes.PyDLL(spec.origin, mode=ctypes.RTLD_GLOBAL)
+    loaded.rbdfs_sessions.argtypes = []
+    loaded.rbdfs_on_lseek.argtypes = [_OnLseek]
+    loaded.rbdfs_on_lseek.restype = None
+    loaded.rbdfs_on_read.argtypes = [_OnRead, _OnArrived]
+    loaded.rbdfs_on_read.restype = None
+    loaded.rbdfs_begin_receiving.argtypes = []
+    loaded.rbdfs_end_receiving.argtypes = []
+    loaded.rbdfs_end_receiving.restype = None
+    loaded.rbdfs_receive.argtypes = []
+    loaded.rbdfs_reply_lseek.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.rbdfs_reply_read.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+    loaded.rbdfs_reply_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    return loaded
 
 
-_library = _load_library()
+library: Final = _load_library()
 
 import pyfuse3  # noqa: E402  (after the library, or pyfuse3 would be bound past it)
 
 
 def lseek_unavailable() -> str | None:
     """Why files look solid, as a sentence; None if SEEK_DATA and SEEK_HOLE can work. Ask after `pyfuse3.init`."""
-    if _library is None:
+    if library is None:
         return "rbdfs was installed without its C library; install gcc and libfuse3-dev, then reinstall rbdfs"
-    if not _library.rbdfs_sessions():
+    if not library.rbdfs_sessions():
         return "rbdfs's C library did not get between pyfuse3 and libfuse; was pyfuse3 imported before rbdfs.fuse?"
     return None
 
@@ -101,17 +103,17 @@ def serve_lseek(handler: LseekHandler, nursery: Nursery) -> Iterator[None]:
     nothing.
     """
     reason = lseek_unavailable()
-    if _library is None or reason is not None:
+    if library is None or reason is not None:
         log.warning("holes look like data, so sparse images are copied in full: %s", reason)
         yield
         return
-    requests = _Requests(_library, handler, nursery)
+    requests = _Requests(library, handler, nursery)
     callback = _OnLseek(requests.begin)
-    _library.rbdfs_on_lseek(callback)
+    library.rbdfs_on_lseek(callback)
     try:
         yield
     finally:
-        _library.rbdfs_on_lseek(_OnLseek())
+        library.rbdfs_on_lseek(_OnLseek())
         requests.abort()
 
 
@@ -207,6 +209,10 @@ class ReadRequest:
         """Answer by a task: with what `read(handle, offset, length)` returns, or with the error that it raises."""
         self._reads.spawn(self, read)
 
+    def spawn(self, async_fn: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Have something done beside the reads, as long as they are served."""
+        self._reads.nursery.start_soon(async_fn, *args)
+
     async def answer(self, read: Callable[[int, int, int], Awaitable[bytes | bytearray | memoryview]]) -> None:
         try:
             data = bytes(await read(self.handle, self.offset, self.length))
@@ -225,45 +231,53 @@ class ReadRequest:
 ReadHandler = Callable[[ReadRequest], None]
 """Answers a read at once, or keeps it to answer it later. Called in the trio thread; must neither block nor raise."""
 
+ArrivedHandler = Callable[[ReadRequest, int, bytes], None]
+"""The same for a read by a shortcut (shortcut.py) that could not be answered there: with the cluster's result, a count
+of bytes or a negative errno, and the bytes."""
+
 
 @contextmanager
-def serve_reads(handler: ReadHandler, nursery: Nursery) -> Iterator[None]:
-    """Hand reads to `handler` and not to pyfuse3: enter and leave as `serve_lseek`, with the same fate of what waits.
+def serve_reads(handler: ReadHandler, on_arrived: ArrivedHandler, nursery: Nursery) -> Iterator[None]:
+    """Hand reads to the handlers and not to pyfuse3: enter and leave as `serve_lseek`, and the same happens to those
+    that wait.
 
     Reads are no tasks, and not counted in pyfuse3's `max_tasks`. Without the C library pyfuse3 serves them.
     """
-    if _library is None or lseek_unavailable() is not None:
+    if library is None or lseek_unavailable() is not None:
         yield
         return
-    reads = _Reads(_library, handler, nursery)
-    callback = _OnRead(reads.begin)
-    _library.rbdfs_on_read(callback)
-    kernel = _library.rbdfs_begin_receiving()
-    if kernel >= 0:
-        nursery.start_soon(reads.receive, kernel)
+    reads = _Reads(library, handler, on_arrived, nursery)
+    callbacks = _OnRead(reads.begin), _OnArrived(reads.arrived)
+    library.rbdfs_on_read(*callbacks)
+    requests = library.rbdfs_begin_receiving()
+    if requests >= 0:
+        nursery.start_soon(reads.receive, requests)
     try:
         yield
     finally:
-        _library.rbdfs_end_receiving()
-        _library.rbdfs_on_read(_OnRead())
+        library.rbdfs_end_receiving()
+        library.rbdfs_on_read(_OnRead(), _OnArrived())
         reads.abort()
 
 
 class _Reads:
     """The reads that wait for an answer; each gets the first that is given."""
 
-    def __init__(self, library: ctypes.PyDLL, handler: ReadHandler, nursery: Nursery) -> None:
+    def __init__(
+        self, library: ctypes.PyDLL, handler: ReadHandler, on_arrived: ArrivedHandler, nursery: Nursery
+    ) -> None:
+        self.nursery = nursery
         self._receive = library.rbdfs_receive
         self._reply = library.rbdfs_reply_read
         self._reply_error = library.rbdfs_reply_error
         self._handler = handler
-        self._nursery = nursery
+        self._on_arrived = on_arrived
         self._waiting: set[ReadRequest] = set()
 
-    async def receive(self, kernel: int) -> None:
-        """Take requests from the kernel until the session ends."""
+    async def receive(self, requests: int) -> None:
+        """Take requests until the session ends."""
         while True:
-            await trio.lowlevel.wait_readable(kernel)
+            await trio.lowlevel.wait_readable(requests)
             for _ in range(_RECEIVED_AT_ONCE):
                 received = self._receive()
                 if received < 0:
@@ -283,6 +297,17 @@ class _Reads:
             log.exception("inode %d: a read at %d failed unexpectedly", inode, offset)
             request.fail(errno.EIO)
 
+    @_not_interrupted
+    def arrived(self, address: int, inode: int, handle: int, offset: int, length: int, result: int, data: int) -> None:
+        """The same for what has arrived from librbd but could not be answered there."""
+        request = ReadRequest(self, address, handle, offset, length)
+        self._waiting.add(request)
+        try:
+            self._on_arrived(request, result, ctypes.string_at(data, max(result, 0)))
+        except Exception:
+            log.exception("inode %d: a read at %d failed unexpectedly", inode, offset)
+            request.fail(errno.EIO)
+
     def spawn(
         self,
         request: ReadRequest,
@@ -290,7 +315,7 @@ class _Reads:
     ) -> None:
         """See `ReadRequest.serve`."""
         try:
-            self._nursery.start_soon(request.answer, read, name=f"read at {request.offset}")
+            self.nursery.start_soon(request.answer, read, name=f"read at {request.offset}")
         except RuntimeError:  # the nursery is closed: the mount is being taken down
             request.fail(errno.ECONNABORTED)
 

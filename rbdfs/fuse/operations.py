@@ -18,12 +18,14 @@ from rbdfs.catalog import Catalog, ImageFacts, ImageRef
 from rbdfs.errors import RbdfsError
 from rbdfs.fuse.lowlevel import ReadRequest
 from rbdfs.fuse.nodes import ImageFile, Node
+from rbdfs.fuse.shortcut import LowlevelShortcut
 from rbdfs.fuse.tree import Facts, Listed, Tree
 from rbdfs.image.holes import Kind
 from rbdfs.image.image import OpenImage
 from rbdfs.image.object_cache import Span
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.source import Buffer, ImageSource
+from rbdfs.shortcut import Shortcut
 from rbdfs.spec import ImageSpec
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self._handles = itertools.count(1)
         self._files: dict[int, tuple[ImageRef, OpenImage]] = {}
         self._listings: dict[int, tuple[Listed, ...]] = {}
+        self._shortcuts: dict[int, Shortcut | None] = {}
         self._looked: dict[int, tuple[float, Facts | None]] = {}
 
     @answered
@@ -180,6 +183,30 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         """As `read`, by a call: answered from the cache at once, or by the aio that it waits for."""
         _, image = self._files[request.handle]
         image.begin_read(request.offset, request.length, partial(self._end_read, request))
+        if image.is_scattered and request.handle not in self._shortcuts:
+            self._shortcuts[request.handle] = None
+            request.spawn(self._shorten, request.handle)
+
+    def settle_read(self, request: ReadRequest, result: int, data: bytes) -> None:
+        """Answer a read whose bytes have come by a shortcut, but may not be the image's, or an error's."""
+        _, image = self._files[request.handle]
+        image.settle(request.offset, request.length, result, data, partial(self._end_read, request))
+
+    async def _shorten(self, handle: int) -> None:
+        """From now on scattered reads of an open file need no Python."""
+        if handle not in self._files:
+            return
+        _, image = self._files[handle]
+        try:
+            shortcut = await image.shorten(LowlevelShortcut)
+            if shortcut is not None and handle in self._files:
+                shortcut.begin(handle)
+                log.debug("scattered reads of handle %d need no Python from now on", handle)
+                self._shortcuts[handle] = shortcut
+        except RbdfsError as error:
+            log.info("scattered reads take the long way: %s", error)
+        except Exception:
+            log.exception("scattered reads take the long way")
 
     def _end_read(self, request: ReadRequest, result: Span | RbdfsError | None) -> None:
         try:
@@ -221,6 +248,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     async def release(self, handle: int) -> None:
         """The last descriptor of an open() was closed."""
         ref, image = self._files.pop(handle)
+        shortcut = self._shortcuts.pop(handle, None)
+        if shortcut is not None:
+            shortcut.end(handle)
+            log.debug("%d reads of this image were answered without Python so far", shortcut.answered)
         await self._images.close(ref, image)
 
     @answered

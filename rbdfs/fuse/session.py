@@ -87,7 +87,10 @@ async def serve(operations: Operations, mountpoint: Path, ready: Callable[[], No
     """Answer the kernel until the file system is unmounted; call `ready` as soon as it is usable."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_tune_when_usable, mountpoint, ready)
-        with serve_lseek(operations.lseek, nursery), serve_reads(operations.begin_read, nursery):
+        with (
+            serve_lseek(operations.lseek, nursery),
+            serve_reads(operations.begin_read, operations.settle_read, nursery),
+        ):
             await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
         nursery.cancel_scope.cancel()
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
+from rbdfs.image.held_blocks import HeldBlocks
 from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.object_cache import CachedImage, ObjectCache, Span
 from rbdfs.image.readahead import Readahead
-from rbdfs.image.source import Buffer, ImageSource
+from rbdfs.image.source import Buffer, ImageSource, ReadResult
+from rbdfs.shortcut import RawImage, Shortcut
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +21,9 @@ ZEROS = bytes(1 << 20)
 
 FLUSH_SECONDS = 2.0
 """How long a close() waits to hear whether the image is still there."""
+
+
+Done = Callable[[Span | RbdfsError | None], None]
 
 
 class ReadaheadShare:
@@ -99,7 +104,7 @@ class OpenImage:
         self._read_ahead(offset, length, size)
         return await self._cache.read(state.cached, offset, length)
 
-    def begin_read(self, offset: int, length: int, done: Callable[[Span | RbdfsError | None], None]) -> None:
+    def begin_read(self, offset: int, length: int, done: Done) -> None:
         """As `read`, by a call, for reads that need no task: `done` is called once, from here or later.
 
         It gets the bytes, an error, or None where `read` must answer, since the cluster has to be asked for more than
@@ -124,11 +129,32 @@ class OpenImage:
 
         def arrived(result: Span | RbdfsError) -> None:
             self._readahead.on_wait(trio.current_time() - began)
-            if isinstance(result, StaleError):
-                self._stale = result
-            done(None if isinstance(result, BeyondEndError) else result)
+            self._pass_on(done, result)
 
         self._cache.begin_read(state.cached, offset, length, arrived)
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether it is read here and there, so that neither cache nor readahead have a part in it."""
+        return self._readahead.is_scattered
+
+    async def shorten(self, make: Callable[[RawImage, HeldBlocks], Shortcut]) -> Shortcut | None:
+        """A way to the image's data by C calls alone, see `ImageSource.shorten`; for all who have it open."""
+        held = self._state.cached.held_blocks()
+        return await self._state.source.shorten(lambda raw: make(raw, held))
+
+    def settle(self, offset: int, length: int, result: int, data: bytes, done: Done) -> None:
+        """As `begin_read`, for a read that a shortcut has made: `result` is librbd's."""
+
+        def settled(answer: ReadResult) -> None:
+            self._pass_on(done, answer if isinstance(answer, RbdfsError) else Span(answer, 0, len(answer)))
+
+        self._state.source.settle(offset, length, result, data, settled)
+
+    def _pass_on(self, done: Done, result: Span | RbdfsError) -> None:
+        if isinstance(result, StaleError):
+            self._stale = result
+        done(None if isinstance(result, BeyondEndError) else result)
 
     def _read_ahead(self, offset: int, length: int, size: int) -> None:
         holes = self._holes

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import trio
 
 from rbdfs.errors import RbdfsError
+from rbdfs.image.held_blocks import HeldBlocks
 from rbdfs.image.source import ImageSource, ReadResult
 from rbdfs.image.striper import Layout, file_to_extents
 from rbdfs.image.throttle import Throttle
@@ -84,16 +85,25 @@ class CachedImage:
     A HEAD that may have been written since gets a new one, so that nothing of the old can answer (close-to-open).
     """
 
-    __slots__ = ("layout", "objects", "source")
+    __slots__ = ("held", "layout", "objects", "source")
 
-    def __init__(self, source: ImageSource, layout: Layout) -> None:
+    def __init__(self, source: ImageSource, layout: Layout, held: HeldBlocks | None = None) -> None:
         self.source = source
         self.layout = layout
         self.objects: dict[int, list[Piece]] = {}
+        self.held = held
 
     def fetches(self) -> set[Fetch]:
         """All that was asked for and is not evicted."""
         return {piece.fetch for pieces in self.objects.values() for piece in pieces}
+
+    def held_blocks(self) -> HeldBlocks:
+        """What is held, kept up to date from now on."""
+        if self.held is None:
+            self.held = HeldBlocks()
+            for fetch in self.fetches():
+                self.held.add(fetch.offset, fetch.length)
+        return self.held
 
 
 @dataclass(slots=True)
@@ -254,6 +264,8 @@ class ObjectCache:
 
     def _list(self, fetch: Fetch) -> None:
         fetch.listed = True
+        if fetch.image.held is not None:
+            fetch.image.held.add(fetch.offset, fetch.length)
         for extent in file_to_extents(fetch.image.layout, fetch.offset, fetch.length):
             pieces = fetch.image.objects.setdefault(extent.object_no, [])
             piece = Piece(extent.offset, extent.offset + extent.length, fetch, extent.image_offset - fetch.offset)
@@ -264,6 +276,8 @@ class ObjectCache:
         if not fetch.listed:
             return
         fetch.listed = False
+        if fetch.image.held is not None:
+            fetch.image.held.remove(fetch.offset, fetch.length)
         for object_no in set(fetch.objects):
             pieces = fetch.image.objects.pop(object_no, [])
             if left := [piece for piece in pieces if piece.fetch is not fetch]:

@@ -91,7 +91,8 @@ class OpenImages:
             if entry.cached is not None:
                 self._cache.forget(entry.cached)
             layout = Layout(source.object_size, source.stripe_unit, source.stripe_count)
-            entry.cached = CachedImage(source, layout)
+            held = entry.cached.held if entry.cached is not None else None  # shortcuts go by it
+            entry.cached = CachedImage(source, layout, held)
         entry.cached.source = source
         entry.write_version = version
         if source.is_constant and entry.holes is None:

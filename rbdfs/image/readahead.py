@@ -42,6 +42,10 @@ STALL_SECONDS = 0.02
 CPU holds up waits some milliseconds (2 cores, a local OSD: 1 to 8), and a larger window would not help it."""
 
 
+SCATTERED_READS = 16
+"""So many reads in a row, none of them near another, are a random reader's."""
+
+
 @dataclass(slots=True)
 class Stream:
     """One reader's place in the image. All but `advances` in bytes."""
@@ -74,12 +78,18 @@ class Readahead:
     def __init__(self, transfer: int) -> None:
         self.transfer = transfer
         self.window = WINDOW_BYTES
+        self._alone = 0
         self._streams: list[Stream] = []
 
     @property
     def sequential_streams(self) -> int:
         """How many streams are read ahead for."""
         return sum(stream.is_sequential for stream in self._streams)
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether the latest reads belonged to no stream."""
+        return self._alone >= SCATTERED_READS
 
     def on_read(self, offset: int, length: int, size: int, limit: Callable[[], int]) -> tuple[int, int] | None:
         """The image range [start, end) to read ahead because of this read, or None. A range is returned once.
@@ -114,9 +124,11 @@ class Readahead:
             front = stream.front
             if front - skip <= end and (offset <= front + skip or offset <= stream.ahead):
                 self._streams.append(self._streams.pop(index))
+                self._alone = 0
                 return stream
         if len(self._streams) == STREAMS:
             del self._streams[0]
+        self._alone += 1
         stream = Stream(front=offset, ahead=0)
         self._streams.append(stream)
         return stream

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from rbdfs.errors import RbdfsError
+from rbdfs.shortcut import RawImage, Shortcut
 
 Buffer = bytes | bytearray | memoryview
 ReadResult = bytes | RbdfsError
@@ -56,6 +57,16 @@ class ImageSource(Protocol):
 
         None where that cannot be known: each open must then read afresh.
         """
+
+    async def shorten(self, make: Callable[[RawImage], Shortcut]) -> Shortcut | None:
+        """A shortcut to the image's data, made by `make` if there is none yet.
+
+        The source opens it for as long as reads need no look at the image, and closes it for good when it is closed
+        itself, or when the size has changed. None where bytes alone are never an answer. Raises RbdfsError.
+        """
+
+    def settle(self, offset: int, length: int, result: int, data: bytes, oncomplete: OnComplete) -> None:
+        """As `aio_read`, for a read that a shortcut has made: `result` is librbd's, bytes or a negative errno."""
 
     async def close(self) -> None:
         """Wait for reads in flight, then give the image and its watch back. Does not raise."""
