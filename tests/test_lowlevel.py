@@ -284,7 +284,7 @@ def packages() -> Iterator[dict[str, Path]]:
         fuse = folders["with"] / "rbdfs/fuse"
         library = fuse / f"_lowlevel{importlib.machinery.EXTENSION_SUFFIXES[0]}"
         warnings = ["-Wall", "-Wextra", "-Werror"]
-        subprocess.run([compiler, "-shared", "-fPIC", *warnings, fuse / "lowlevel.c", "-o", library], check=True)
+        subprocess.run([compiler, "-shared", "-fPIC", *warnings, *fuse.glob("*.c"), "-o", library], check=True)
         yield folders
 
 
