@@ -320,10 +320,14 @@ class CephImage:
             looks.latest = trio.current_time()
             handle = self._handle
             self._in_flight[handle] += 1
-            looks.ask(lambda _: self._ended(handle))
+            looks.ask(partial(self._heeded, handle))
             if self.watch is not None:
                 self.watch.renew_if_lost()
             self._open_shortcut()
+
+    def _heeded(self, handle: ReadHandle, _: int | RbdfsError) -> None:
+        self._ended(handle)
+        self._open_shortcut()  # not at all, if the image is gone
 
     async def verify(self) -> None:
         """See `ImageSource.verify`."""
