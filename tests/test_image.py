@@ -4,6 +4,7 @@ import errno
 import random
 
 import pytest
+import trio
 import trio.testing
 
 from rbdfs.errors import ReadError, StaleError
@@ -102,6 +103,20 @@ async def test_all_opens_share_one_image_and_the_last_close_gives_it_back() -> N
     assert not cluster.source.closed
     await cluster.images.close("key", second)
     assert cluster.source.closed
+
+
+@in_trio
+async def test_two_closes_at_once_give_the_image_back_once() -> None:
+    cluster = Cluster(random_source(10_000))
+    cluster.source.version = None  # so that nothing of it is remembered
+    first, _ = await cluster.images.open("key", cluster.connect)
+    second, _ = await cluster.images.open("key", cluster.connect)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cluster.images.close, "key", first)
+        nursery.start_soon(cluster.images.close, "key", second)
+    assert cluster.source.closed
+    await cluster.images.open("key", cluster.connect)
+    assert cluster.opens == 2
 
 
 @in_trio

@@ -9,9 +9,12 @@ import pytest
 import rbd
 import trio
 
+import rbdfs.ceph.cluster
 from rbdfs.catalog import Namespace
+from rbdfs.ceph.aio import ReadHandle
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.ceph.image import CephImage
 from rbdfs.errors import BeyondEndError, RbdfsError
 from rbdfs.image.source import Buffer, ImageSource, ReadResult
 from rbdfs.spec import ImageSpec
@@ -210,3 +213,145 @@ async def test_what_is_not_there_is_an_error_with_its_errno(ceph: Ceph) -> None:
             await cluster.image(Namespace(await cluster.pool("rbd")), "nope")
     finally:
         await cluster.aclose()
+
+
+class Counted:
+    """A connection, and how many images were opened and closed in librbd by it."""
+
+    def __init__(self, cluster: Cluster, namespace: Namespace) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.opens = 0
+        self.closes = 0
+
+    async def open(self, name: str, snapshot: str | None = None) -> CephImage:
+        """An image or a snapshot, by name."""
+        image = await self.cluster.image(self.namespace, name)
+        ref = image if snapshot is None else await self.cluster.snapshot(image, snapshot)
+        return await self.cluster.open_image(ImageSpec("rbd", name), ref)
+
+    async def content(self, name: str, snapshot: str | None = None) -> bytes:
+        """All of it, as a reader gets it who opens, reads and closes."""
+        source = await self.open(name, snapshot)
+        try:
+            return as_bytes(await read(source, 0, source.size))
+        finally:
+            await source.close()
+
+
+WithCounted = Callable[[], AbstractAsyncContextManager[Counted]]
+
+
+@pytest.fixture(params=["EventImage", "CallbackImage"])
+def counted(request: pytest.FixtureRequest, ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> WithCounted:
+    """Connects, with either way of reads; what was opened must be closed before the end of the connection."""
+    kind: Callable[..., ReadHandle] = getattr(rbdfs.ceph.cluster, request.param)
+
+    @contextlib.asynccontextmanager
+    async def connected() -> AsyncIterator[Counted]:
+        cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf, events=request.param == "EventImage"))
+        counts = Counted(cluster, Namespace(await cluster.pool("rbd")))
+
+        def open_counted(*args: object) -> ReadHandle:
+            handle = kind(*args)
+            close = handle.aclose
+
+            async def close_counted() -> None:
+                await close()
+                counts.closes += 1
+
+            monkeypatch.setattr(handle, "aclose", close_counted)
+            counts.opens += 1
+            return handle
+
+        monkeypatch.setattr(rbdfs.ceph.cluster, request.param, open_counted)
+        try:
+            yield counts
+        finally:
+            await cluster.aclose()
+        assert counts.closes == counts.opens
+
+    return connected
+
+
+@in_trio
+async def test_what_is_opened_soon_after_its_close_is_opened_in_librbd_once(ceph: Ceph, counted: WithCounted) -> None:
+    name = ceph.unique("soon")
+    ceph.make_image(name, CONTENT)
+    ceph.run("rbd", "snap", "create", "--no-progress", f"rbd/{name}@s")
+    async with counted() as counts:
+        for _ in range(3):
+            assert await counts.content(name) == CONTENT
+            assert await counts.content(name, "s") == CONTENT
+        assert counts.opens == 2
+
+
+@in_trio
+async def test_an_image_that_is_closed_can_be_removed_at_once(ceph: Ceph, counted: WithCounted) -> None:
+    name = ceph.unique("rm")
+    async with counted() as counts:
+        for content in (CONTENT, CONTENT[::-1]):
+            ceph.make_image(name, content)
+            assert await counts.content(name) == content
+            assert ceph.watchers(name) == []
+            ref = await counts.cluster.image(counts.namespace, name)
+            ceph.remove_image(name)
+            with pytest.raises(RbdfsError) as caught:
+                await counts.cluster.open_image(ImageSpec("rbd", name), ref)
+            assert caught.value.errno == errno.ENOENT
+        assert counts.opens == 2
+
+
+@in_trio
+async def test_what_others_did_since_the_close_is_seen_at_the_next_open(ceph: Ceph, counted: WithCounted) -> None:
+    name, renamed = ceph.unique("since"), ceph.unique("renamed")
+    ceph.make_image(name, CONTENT, OBJECT_SIZE)
+    async with counted() as counts:
+        with ceph.ioctx() as ioctx:
+            assert await counts.content(name) == CONTENT
+            ceph.resize_image(name, SIZE + 5)
+            assert await counts.content(name) == CONTENT + bytes(5)
+            ceph.resize_image(name, SIZE // 2)
+            assert await counts.content(name) == CONTENT[: SIZE // 2]
+            with rbd.Image(ioctx, name) as image:
+                image.create_snap("s")
+                image.write(b"new" * 1000, 0)
+                assert await counts.content(name) == b"new" * 1000 + CONTENT[3000 : SIZE // 2]
+            assert await counts.content(name, "s") == CONTENT[: SIZE // 2]
+            with rbd.Image(ioctx, name) as image:
+                image.rollback_to_snap("s")
+            assert await counts.content(name) == CONTENT[: SIZE // 2]
+            source = await counts.open(name, "s")
+            await source.close()
+            snapshot = await counts.cluster.snapshot(await counts.cluster.image(counts.namespace, name), "s")
+            with rbd.Image(ioctx, name) as image:
+                image.remove_snap("s")
+            with pytest.raises(RbdfsError) as caught:
+                await counts.cluster.open_image(ImageSpec("rbd", name, "", "s"), snapshot)
+            assert caught.value.errno == errno.ENOENT
+            rbd.RBD().rename(ioctx, name, renamed)
+        assert await counts.content(renamed) == CONTENT[: SIZE // 2]
+
+
+@in_trio
+async def test_of_a_clone_nothing_is_kept_for_its_parents_may_change(ceph: Ceph, counted: WithCounted) -> None:
+    parent, child = ceph.unique("parent"), ceph.unique("child")
+    ceph.make_image(parent, CONTENT)
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, parent) as image:
+        image.create_snap("s")
+    ceph.run("rbd", "clone", "--rbd-default-clone-format", "2", f"rbd/{parent}@s", f"rbd/{child}")
+    ceph.run("rbd", "snap", "create", "--no-progress", f"rbd/{child}@s")
+    async with counted() as counts:
+        for _ in range(2):
+            assert await counts.content(child) == await counts.content(child, "s") == CONTENT
+        assert counts.opens == 4
+        with ceph.ioctx() as ioctx:
+            with rbd.Image(ioctx, child) as image:
+                image.remove_snap("s")
+                image.flatten()
+            with rbd.Image(ioctx, parent) as image:
+                image.remove_snap("s")
+            rbd.RBD().remove(ioctx, parent)
+        for _ in range(2):
+            assert await counts.content(child) == CONTENT
+        assert counts.opens == 5

@@ -193,6 +193,23 @@ def test_in_the_foreground_it_serves_until_sigint_and_logs_to_stderr(ceph: Ceph,
     assert list(folder.iterdir()) == []
 
 
+def test_it_ends_in_good_order_with_images_that_were_just_closed(ceph: Ceph, folder: Path) -> None:
+    environment = os.environ | {"CEPH_CONF": str(ceph.conf), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    names = [ceph.unique("closed") for _ in range(3)]
+    for name in names:
+        ceph.make_image(name, random_bytes(MIB))
+    for way in ((), ("--callbacks",)):
+        command = [*RBDFS, "mount", "--foreground", *way, str(folder)]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            wait_until(lambda: (folder / "rbd").is_dir())
+            for name in names:
+                assert (folder / "rbd" / name).read_bytes() == random_bytes(MIB)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(STOP_SECONDS) == 0
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+
+
 @pytest.mark.parametrize(
     "ask",
     [lambda file: os.pread(file, MIB, 12 * MIB), lambda file: os.lseek(file, MIB, os.SEEK_DATA)],

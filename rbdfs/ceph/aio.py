@@ -97,6 +97,9 @@ class ReadHandle(Protocol):
     def watchers(self) -> frozenset[int]:
         """The clients that watch the image's header, by their ids."""
 
+    def open_raw(self) -> librbd.Image[None] | None:
+        """The image once more, for reads by C calls alone; None where reads need callbacks in Python. Blocks."""
+
     async def aclose(self) -> None:
         """Close. No read may be in flight. Raises RbdfsError."""
 
@@ -106,11 +109,10 @@ class EventImage:
 
     def __init__(self, ioctx: librbd.Ioctx, image: ImageRef) -> None:
         """Blocks. Raises RbdfsError."""
+        self._open = partial(ioctx.open_image, image_id=image.id, snap_id=image.snapshot_id, by_name=image.format == 1)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
-            self._image: librbd.Image[tuple[Deliver, bytes]] = ioctx.open_image(
-                self._event, image.id, snap_id=image.snapshot_id, by_name=image.format == 1
-            )
+            self._image: librbd.Image[tuple[Deliver, bytes]] = self._open(self._event)
         except BaseException:
             os.close(self._event)
             raise
@@ -130,6 +132,11 @@ class EventImage:
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ReadHandle.extents`."""
         return [(found.offset, found.length) for found in self._image.diff(offset, length)]
+
+    def open_raw(self) -> librbd.Image[None]:
+        """See `ReadHandle.open_raw`. librbd announces completions on an image's eventfd whoever waits for them, so it
+        takes an image without one."""
+        return self._open(None)
 
     async def _dispatch(self) -> None:
         with self._dispatching:
@@ -216,6 +223,9 @@ class CallbackImage:
         """See `ReadHandle.watchers`."""
         with translated("list who watches an image"):
             return frozenset(watcher["id"] for watcher in self._image.watchers_list())
+
+    def open_raw(self) -> None:
+        """See `ReadHandle.open_raw`."""
 
     async def aclose(self) -> None:
         """See `ReadHandle.aclose`."""

@@ -25,6 +25,7 @@ from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
+from rbdfs.ceph.handles import Handles
 from rbdfs.ceph.image import Asks, CephImage
 from rbdfs.ceph.read_op import ReadOperations
 from rbdfs.errors import ConnectError, RbdfsError
@@ -53,6 +54,7 @@ class Cluster:
         self._read_ioctxs: dict[Namespace, librbd.Ioctx] = {}
         self._by_events = True
         self._operations = ReadOperations(handover)
+        self._handles = Handles(self._open_handle)
         self._facts = FactsReader(self._operations, self._read_ioctx)
         self._attributes = AttributeReader(
             self._operations, self._read_ioctx, connection.pool_reverse_lookup, self._open_to_ask
@@ -200,22 +202,10 @@ class Cluster:
 
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
-        ioctx = self._open_ioctx(image.namespace.pool.id, image.namespace.name)
-        read_ioctx = self._read_ioctx(image.namespace)
-
-        def open_handle() -> ReadHandle:
-            if not self._by_events:
-                return CallbackImage(ioctx, image, self._handover)
-            return EventImage(read_ioctx, image)
-
-        def open_raw() -> librbd.Image[None]:
-            return read_ioctx.open_image(None, image.id, snap_id=image.snapshot_id, by_name=image.format == 1)
-
-        asks = Asks(self._operations, read_ioctx)
+        ioctx = self._ioctx(image.namespace)
+        asks = Asks(self._operations, self._read_ioctx(image.namespace))
         try:
-            return await CephImage.open(
-                spec, image, ioctx, asks, self._handover, open_handle, open_raw if self._by_events else None
-            )
+            return await CephImage.open(spec, image, ioctx, asks, self._handover, self._handles)
         except RbdfsError as error:
             if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
                 raise
@@ -225,12 +215,19 @@ class Cluster:
                 errno.EIO,
             ) from error
 
+    def _open_handle(self, image: ImageRef) -> ReadHandle:
+        """Blocks; raises RbdfsError."""
+        if self._by_events:
+            return EventImage(self._read_ioctx(image.namespace), image)
+        return CallbackImage(self._ioctx(image.namespace), image, self._handover)
+
     def _open_to_ask(self, image: ImageRef) -> rbd.Image:
         """Blocks; raises rbd's errors."""
         return open_in_librbd(self._ioctx(image.namespace), image)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
+        await self._handles.aclose()
         await in_thread_to_its_end(self._shutdown)
 
     def _shutdown(self) -> None:

@@ -25,12 +25,14 @@ from rbdfs.ceph.changes import (
     locked_by,
 )
 from rbdfs.ceph.errors import reason_of, translated
+from rbdfs.ceph.handles import Handles
 from rbdfs.ceph.header_watch import HeaderWatch
+from rbdfs.ceph.raw import RawReads
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.shortcut import RawImage, Shortcut
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread, in_thread_to_its_end
+from rbdfs.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +41,6 @@ Ts = TypeVarTuple("Ts")
 
 OnComplete = Callable[[bytes | RbdfsError], None]
 
-OpenHandle = Callable[[], ReadHandle]
-"""Opens an image in librbd; blocks, raises RbdfsError."""
-
-OpenRaw = Callable[[], librbd.Image[None]]
-"""The same, for reads by C calls alone."""
-
 _MAP_INVALID = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 
 OBJECTS_ASKED_AT_ONCE = 256
@@ -52,9 +48,6 @@ OBJECTS_ASKED_AT_ONCE = 256
 
 POLL_SECONDS = 1.0
 """How often an image is looked at while it is read, so that who reads from caches hears of its removal, too."""
-
-IN_FLIGHT_SECONDS = 0.005
-"""How often a shortcut that is being closed is asked whether librbd has answered its last reads."""
 
 SNAPSHOT_VERSION = 0
 """The write version of what nobody writes to."""
@@ -76,29 +69,18 @@ class CephImage:
     that: only so is `rbd rm` refused meanwhile. A snapshot is not watched, which would not hold off its removal.
     """
 
-    def __init__(
-        self,
-        spec: ImageSpec,
-        image: ImageRef,
-        ioctx: rados.Ioctx,
-        asks: Asks,
-        handover: Handover,
-        open_handle: OpenHandle,
-        open_raw: OpenRaw | None,
-    ) -> None:
-        """To be followed by `_open`; `open` does both. `ioctx` is closed with the image."""
+    def __init__(self, spec: ImageSpec, image: ImageRef, asks: Asks, handover: Handover, handles: Handles) -> None:
+        """`open` does this, and opens the image."""
         self.spec = spec
         self.is_constant = image.snapshot_id is not None
         self.watch: HeaderWatch | None = None
         self._image = image
         self._header = header.object_of(image)
-        self._ioctx = ioctx
         self._asks = asks
         self._handover = handover
-        self._open_handle = open_handle
-        self._open_raw = open_raw
-        self._shortened: tuple[librbd.Image[None], Shortcut] | None = None
-        self._shortening = trio.Lock()
+        self._handles = handles
+        self._features = 0
+        self._raw = RawReads(spec)
         self._is_clone = False
         self._in_flight: dict[ReadHandle, int] = {}
         self._one_is_idle = trio.Event()
@@ -112,48 +94,70 @@ class CephImage:
         ioctx: rados.Ioctx,
         asks: Asks,
         handover: Handover,
-        open_handle: OpenHandle,
-        open_raw: OpenRaw | None,
+        handles: Handles,
     ) -> "CephImage":
-        """Open the image by `open_handle`, which blocks. `ioctx` is given away. Raises RbdfsError."""
-        opened = cls(spec, image, ioctx, asks, handover, open_handle, open_raw)
+        """Open the image by `handles`, and watch it by `ioctx`. Raises RbdfsError."""
+        opened = cls(spec, image, asks, handover, handles)
         try:
-            features = await opened._ask_features()
-            if not opened.is_constant:
-                opened.watch = await HeaderWatch.begin(spec, ioctx, opened._header, handover)
-            await opened._open()
-            try:
-                await opened._begin_to_look(features)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await opened._close_handle(opened._handle)
-                raise
+            await opened._watch_and_open(ioctx)
+            await opened._begin_to_look()
         except BaseException:
             with trio.CancelScope(shield=True):
-                if opened.watch is not None:
-                    await opened.watch.aclose()
-            ioctx.close()
+                await opened._undo()
             raise
         return opened
 
-    async def _ask_features(self) -> int:
-        """Of the image; and whether it is a clone. Raises RbdfsError: ENOENT where there is no header."""
-        if self._image.format == 1:
-            return 0
-        head = struct.pack("<Q", header.HEAD)
-        calls = (Call(b"get_features", head + b"\1"), Call(b"parent_overlap_get", head))
-        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, calls))
-        (features,) = struct.unpack_from("<Q", reply.answer(0, f"open {self.spec}"))
-        result, overlap = reply.calls[1]  # an optional number; OSDs before Nautilus do not know the method
-        self._is_clone = result < 0 or overlap[0] != 0
-        return int(features)
+    async def _watch_and_open(self, ioctx: rados.Ioctx) -> None:
+        """Both at once, for each takes as long. What is removed before the watch holds that off, the first look finds
+        gone."""
+        version = await self._ask_header()
+        failure: RbdfsError | None = None
+        async with trio.open_nursery() as nursery:
+            if not self.is_constant:
+                nursery.start_soon(self._begin_to_watch, ioctx)
+            try:
+                await self._open(version)
+            except RbdfsError as error:  # out of the nursery it would come in an ExceptionGroup
+                failure = error
+        if failure is not None:
+            raise failure
 
-    async def _open(self) -> None:
+    async def _begin_to_watch(self, ioctx: rados.Ioctx) -> None:
+        self.watch = await HeaderWatch.begin(self.spec, ioctx, self._header, self._handover)
+
+    async def _undo(self) -> None:
+        for handle in list(self._in_flight):
+            await self._until_idle(handle)
+            await self._handles.close(self._image, handle)
+        if self.watch is not None:
+            await self.watch.aclose()
+
+    async def _ask_header(self) -> int | None:
+        """The features, and whether it is a clone. Returns the version of `Opened`.
+
+        None where more than the image's own header says what librbd opens: of a clone the headers of its parents, in
+        the middle of a migration that of the source. Nor is it asked of format 1. Raises RbdfsError: ENOENT where there
+        is no header.
+        """
+        if self._image.format == 1:
+            return None
+        calls = (
+            Call(b"get_features", struct.pack("<QB", header.HEAD, 1)),
+            Call(b"parent_overlap_get", struct.pack("<Q", header.snapshot_id_of(self._image))),
+        )
+        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, calls))
+        (self._features,) = struct.unpack_from("<Q", reply.answer(0, f"open {self.spec}"))
+        result, overlap = reply.calls[1]  # an optional number; OSDs before Nautilus do not know the method
+        # Once a clone, it is one until its close: reads of before it was flattened may still be under way.
+        self._is_clone |= result < 0 or overlap[0] != 0
+        return None if self._is_clone or self._features & rbd.RBD_FEATURE_MIGRATING else reply.version
+
+    async def _open(self, version: int | None) -> None:
         try:
-            self._handle, info = await in_thread_to_its_end(self._open_and_look)
+            self._opened = await self._handles.open(self._image, version)
         except RbdfsError as error:
             raise RbdfsError(f"cannot open {self.spec}: {error}{await self._hint(error)}", error.errno) from error
-        self._handle.start()
+        self._handle, info, _ = self._opened
         self._in_flight[self._handle] = 0
         self.size = info.size
         self.object_size = 1 << info.order
@@ -176,19 +180,15 @@ class CephImage:
             return f"; it is a clone: is its parent, {where}, still there?"
         return f"; it is a clone: the key must be allowed to read its parent as well, {where}"
 
-    def _open_and_look(self) -> tuple[ReadHandle, librbd.ImageInfo]:
-        handle = self._open_handle()
-        return handle, handle.info()
-
-    async def _begin_to_look(self, features: int) -> None:
+    async def _begin_to_look(self) -> None:
         operations, ioctx = self._asks
         look: Look
         if self._image.format == 1:
             look = Format1Look(self.spec, self._image, operations, ioctx, self._watchers)
         elif self.is_constant:
-            look = SnapshotLook(self.spec, self._image, operations, ioctx, size=self.size, features=features)
+            look = SnapshotLook(self.spec, self._image, operations, ioctx, size=self.size, features=self._features)
         else:
-            look = HeadLook(self.spec, self._image, operations, ioctx, self._watchers, features=features)
+            look = HeadLook(self.spec, self._image, operations, ioctx, self._watchers, features=self._features)
         self._looks = Looks(look)
         await self._looks.begin()
 
@@ -208,46 +208,19 @@ class CephImage:
         self._finish(handle, offset, length, oncomplete, result, data)
 
     async def shorten(self, make: Callable[[RawImage], Shortcut]) -> Shortcut | None:
-        """See `ImageSource.shorten`. librbd opens the image once more: it announces completions on an image's eventfd
-        whoever waits for them."""
+        """See `ImageSource.shorten`."""
         is_striped = (self.stripe_unit, self.stripe_count) != (self.object_size, 1)
-        if self._open_raw is None or is_striped or (self._is_clone and not self.is_constant):
+        if is_striped or (self._is_clone and not self.is_constant):
             return None
-        async with self._shortening:
-            if self._shortened is None:
-                image = await in_thread_to_its_end(self._open_raw)
-                try:
-                    size = (await in_thread_to_its_end(image.info)).size
-                    raw = RawImage(image.address, *librbd.RAW_CALLS, size, self.object_size, self.is_constant)
-                    self._shortened = image, make(raw)
-                except BaseException:
-                    with trio.CancelScope(shield=True):
-                        await in_thread_to_its_end(image.close)
-                    raise
-            self._open_shortcut()
-            return self._shortened[1]
+        shortcut = await self._raw.begin(self._handle, make, is_constant=self.is_constant)
+        self._open_shortcut()
+        return shortcut
 
     def _open_shortcut(self) -> None:
-        """What was seen of the image holds for so long."""
-        if self._shortened is None:
-            return
+        """For as long as what was seen of the image holds."""
         looks = self._looks
         until = looks.in_place + SNAPSHOT_SECONDS if self.is_constant else looks.latest + POLL_SECONDS
-        self._shortened[1].open(0.0 if looks.stale is not None else until - trio.current_time())
-
-    async def _close_shortcut(self) -> None:
-        async with self._shortening:
-            if self._shortened is None:
-                return
-            image, shortcut = self._shortened
-            self._shortened = None
-            shortcut.open(0.0)
-            while shortcut.in_flight:  # noqa: ASYNC110  (there is no event: nobody in Python hears of them)
-                await trio.sleep(IN_FLIGHT_SECONDS)
-            try:
-                await in_thread_to_its_end(image.close)
-            except RbdfsError as error:
-                log.warning("%s could not be closed in good order: %s", self.spec, error)
+        self._raw.open(0.0 if looks.stale is not None else until - trio.current_time())
 
     def _finish(
         self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
@@ -356,9 +329,11 @@ class CephImage:
 
     async def _open_anew(self) -> None:
         stale = self._handle
-        await self._close_shortcut()
-        await self._open()
-        await self._close_handle(stale)
+        await self._raw.close()
+        await self._open(await self._ask_header())
+        with trio.CancelScope(shield=True):
+            await self._until_idle(stale)
+            await self._handles.close(self._image, stale)
 
     async def _flags(self) -> int:
         """As the header has them now. Raises RbdfsError."""
@@ -404,32 +379,27 @@ class CephImage:
             return SNAPSHOT_VERSION
         if self._image.format == 1:
             return None
-        with translated(f"ask for the state of {self.spec}"):
-            return await self._blocking(self._ask_write_version)
-
-    def _ask_write_version(self) -> int | None:
-        # The version comes first: a lock that is taken or given back after it shows in the next version.
-        self._ioctx.stat(self._header)
-        version = int(self._ioctx.get_last_version())
-        _, features = self._ioctx.execute(self._header, "rbd", "get_features", struct.pack("<QB", header.HEAD, 1))
-        if not int.from_bytes(features[:8], "little") & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
-            return None
-        _, info = self._ioctx.execute(self._header, "lock", "get_info", GET_LOCK_INFO)
-        return None if locked_by(info) else version
+        calls = (
+            Call(b"get_features", struct.pack("<QB", header.HEAD, 1)),
+            Call(b"get_info", GET_LOCK_INFO, b"lock"),
+        )
+        # One message: the version is of the moment when nobody held the lock.
+        reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, calls))
+        what = f"ask for the state of {self.spec}"
+        (features,) = struct.unpack_from("<Q", reply.answer(0, what))
+        lockers = locked_by(reply.answer(1, what))
+        return None if lockers or not features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK else reply.version
 
     async def close(self) -> None:
         """See `ImageSource.close`."""
-        await self._close_shortcut()
-        await self._close_handle(self._handle)
+        await self._raw.close()
+        await self._until_idle(self._handle)
+        await self._handles.close_later(self._image, self._opened)
         if self.watch is not None:
             await self.watch.aclose()
-        self._ioctx.close()
 
-    async def _close_handle(self, handle: ReadHandle) -> None:
+    async def _until_idle(self, handle: ReadHandle) -> None:
+        """Return when no read of a handle is in flight; there must come no other."""
         while self._in_flight[handle]:
             await self._one_is_idle.wait()
         del self._in_flight[handle]
-        try:
-            await handle.aclose()
-        except RbdfsError as error:
-            log.warning("%s could not be closed in good order: %s", self.spec, error)

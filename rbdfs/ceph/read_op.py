@@ -73,6 +73,7 @@ _set_flags = _bind("rados_read_op_set_flags", None, c_void_p, c_int)
 _create_completion = _bind("rados_aio_create_completion2", c_int, c_void_p, _Callback, POINTER(c_void_p))
 _operate = _bind("rados_aio_read_op_operate", c_int, c_void_p, c_void_p, c_void_p, c_char_p, c_int)
 _return_value = _bind("rados_aio_get_return_value", c_int, c_void_p)
+_version = _bind("rados_aio_get_version", c_uint64, c_void_p)
 _release = _bind("rados_aio_release", None, c_void_p)
 _is_complete = _bind("rados_aio_is_complete", c_int, c_void_p)
 _buffer_free = _bind("rados_buffer_free", None, c_void_p)
@@ -113,6 +114,8 @@ class Reply(NamedTuple):
     modified_ns: int = 0
     """When the object was last written to, to the second, in nanoseconds since the epoch."""
     data: bytes = b""
+    version: int = 0
+    """The object's, which moves with each write to it."""
 
     def answer(self, number: int, what: str) -> bytes:
         """The answer of a call. Raises RbdfsError with its errno, or with that of the whole operation."""
@@ -161,6 +164,7 @@ class _Operation:
         """When it has completed, or was not sent (then `result` says why): the answers, out of librados's memory."""
         if result is None:
             result = _return_value(self.completion)
+        version = _version(self.completion)
         _release(self.completion)
         _release_read_op(self._handle)
         calls = []
@@ -170,7 +174,7 @@ class _Operation:
                 _buffer_free(each.data)
         data = self._data.raw[: self._read.length] if self._data is not None else b""
         values = _take_values(self._values) if self.request.keys else {}
-        return Reply(result, calls, values, self._stat.seconds * NANOSECONDS, data)
+        return Reply(result, calls, values, self._stat.seconds * NANOSECONDS, data, version)
 
 
 @lru_cache

@@ -108,16 +108,16 @@ class OpenImages:
         return unchanged or source.is_constant
 
     async def _leave(self, key: Hashable, entry: _Entry) -> None:
-        entry.users -= 1
         async with entry.lock:
+            entry.users -= 1
             if entry.users:
                 return
-            if entry.state is not None:
-                state, entry.state = entry.state, None
+            state, entry.state = entry.state, None
+            if state is not None:
                 self._cache.withdraw(state.cached)
-                await state.source.close()
-            if not entry.users:
-                self._remember(key, entry)
+            self._remember(key, entry)
+        if state is not None:
+            await state.source.close()  # beside the next open(), which need not wait for it
 
     def _remember(self, key: Hashable, entry: _Entry) -> None:
         """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""
