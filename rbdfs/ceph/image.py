@@ -26,6 +26,7 @@ from rbdfs.ceph.changes import (
 )
 from rbdfs.ceph.errors import reason_of, translated
 from rbdfs.ceph.header_watch import HeaderWatch
+from rbdfs.ceph.memory import Data
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-OnComplete = Callable[[bytes | RbdfsError], None]
+OnComplete = Callable[[Data | RbdfsError], None]
 
 OpenHandle = Callable[[], ReadHandle]
 """Opens an image in librbd; blocks, raises RbdfsError."""
@@ -190,7 +191,7 @@ class CephImage:
         handle.aio_read(offset, length, partial(self._finish, handle, offset, length, oncomplete))
 
     def _finish(
-        self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
+        self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: Data
     ) -> None:
         if result == length:
             if self._is_in_doubt(offset, data):
@@ -206,7 +207,7 @@ class CephImage:
         else:
             oncomplete(ReadError(f"{what}: {reason_of(-result)}", -result))
 
-    def _is_in_doubt(self, offset: int, data: bytes) -> bool:
+    def _is_in_doubt(self, offset: int, data: Data) -> bool:
         """Whether these may not be the image's bytes.
 
         An object of HEAD that was removed or cut ends with a zero; but for a clone's, behind which its parent's shows.
@@ -218,7 +219,7 @@ class CephImage:
         return 0 in data[self.stripe_unit - 1 - offset % self.stripe_unit :: self.stripe_unit]
 
     def _finish_if_in_place(
-        self, handle: ReadHandle, offset: int, oncomplete: OnComplete, data: bytes, looked: int | RbdfsError
+        self, handle: ReadHandle, offset: int, oncomplete: OnComplete, data: Data, looked: int | RbdfsError
     ) -> None:
         self._ended(handle)
         what = f"cannot read {self.spec} at {offset} (+{len(data)})"
