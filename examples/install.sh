@@ -24,7 +24,7 @@ packages=(
     fuse3                        # fusermount3: to mount without root
     python3-venv
     gcc libc6-dev libfuse3-dev   # for rbdfs/fuse/lowlevel.c, without which holes in images look like data
-    g++ librbd-dev libradospp-dev # for rbdfs/ceph/bufferlist.cc, without which reads cost a copy more
+    g++ librbd-dev libradospp-dev # for rbdfs/ceph/bufferlist.cc, without which large reads cost a copy more
 )
 
 die() {

@@ -93,6 +93,19 @@ async def test_what_comes_in_pieces_is_one_piece_and_right(ceph: Ceph, stripe_un
 
 
 @in_trio
+async def test_a_clone_and_its_parent_make_one_piece(ceph: Ceph) -> None:
+    parent, clone = ceph.unique("parent"), ceph.unique("clone")
+    ceph.make_image(parent, CONTENT, OBJECT_SIZE)
+    ceph.run("rbd", "snap", "create", "--no-progress", f"rbd/{parent}@s")
+    ceph.run("rbd", "clone", "--rbd-default-clone-format=2", f"rbd/{parent}@s", f"rbd/{clone}")
+    ceph.write_image(clone, b"y" * 5000, MIB + 200_000)
+    async with opened(ceph, clone) as image:
+        data = await read(image, 0, len(CONTENT))
+        assert not isinstance(data, bytes)
+        assert view(data) == CONTENT[: MIB + 200_000] + b"y" * 5000 + CONTENT[MIB + 205_000 :]
+
+
+@in_trio
 async def test_the_bytes_outlive_the_image_and_the_connection(ceph: Ceph) -> None:
     name = ceph.unique("outlive")
     ceph.make_image(name, CONTENT, OBJECT_SIZE)
