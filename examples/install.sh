@@ -24,6 +24,7 @@ packages=(
     fuse3                        # fusermount3: to mount without root
     python3-venv
     gcc libc6-dev libfuse3-dev   # for rbdfs/fuse/*.c, without which holes in images look like data
+    g++ librbd-dev libradospp-dev # for rbdfs/ceph/bufferlist.cc, without which large reads cost a copy more
 )
 
 die() {
@@ -62,7 +63,7 @@ is_made_here() {
 is_current() {
     local source
     is_made_here || return 1
-    for source in pyproject.toml rbdfs/fuse/*.[ch] examples/install.sh; do
+    for source in pyproject.toml rbdfs/fuse/*.[ch] rbdfs/ceph/bufferlist.cc examples/install.sh; do
         [[ $venv/rbdfs-checkout -nt $source ]] || return 1
     done
 }
@@ -75,6 +76,8 @@ make_venv() {
     "$venv/bin/python" -c 'import pyfuse3, rados, rbd, rbdfs, trio' || die "$venv lacks a module, see above"
     compgen -G 'rbdfs/fuse/_lowlevel*.so' >/dev/null ||
         echo "install.sh: rbdfs/fuse/*.c could not be built: all else works, but holes in images look like data" >&2
+    compgen -G 'rbdfs/ceph/_bufferlist*.so' >/dev/null ||
+        echo "install.sh: rbdfs/ceph/bufferlist.cc could not be built: all works, but reads cost a copy more" >&2
     echo "$venv $PWD" >"$venv/rbdfs-checkout"
 }
 

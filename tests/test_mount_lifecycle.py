@@ -251,3 +251,13 @@ def test_the_reader_key_of_the_documentation_is_enough(ceph: Ceph, mounts: Mount
     ceph.make_image(name, b"content")
     keyring = ceph.make_key("documented", *READ_ONLY_CAPS)
     assert mounts("--id", "documented", "-k", str(keyring)).image(name).read_bytes() == b"content"
+
+
+def test_a_mount_has_glibc_set_up_and_what_the_user_set_there_goes_over_it(
+    mounts: Mounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=3")
+    # glibc splits the setting in place when a program starts.
+    environment = Path(f"/proc/{mounts().pid}/environ").read_text().replace("\0", ":")
+    assert "glibc.malloc.tcache_count=0:" in environment
+    assert 0 < environment.find("glibc.malloc.arena_max=64:") < environment.find("glibc.malloc.arena_max=3:")

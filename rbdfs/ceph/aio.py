@@ -21,15 +21,15 @@ import trio
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
 from rbdfs.ceph.errors import errno_of, translated
-from rbdfs.ceph.memory import new_buffer
+from rbdfs.ceph.memory import Data
 from rbdfs.threads import in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Deliver = Callable[[int, bytes], None]
-"""Takes a read's result, a count of bytes or a negative errno, and the buffer that holds them."""
+Deliver = Callable[[int, Data], None]
+"""Takes a read's result, a count of bytes or a negative errno, and the bytes."""
 
 
 class Handover:
@@ -112,7 +112,7 @@ class EventImage:
         self._open = partial(ioctx.open_image, image_id=image.id, snap_id=image.snapshot_id, by_name=image.format == 1)
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
-            self._image: librbd.Image[tuple[Deliver, bytes]] = self._open(self._event)
+            self._image: librbd.Image[Deliver] = self._open(self._event)
         except BaseException:
             os.close(self._event)
             raise
@@ -126,8 +126,7 @@ class EventImage:
 
     def aio_read(self, offset: int, length: int, deliver: Deliver) -> None:
         """See `ReadHandle.aio_read`."""
-        buffer = new_buffer(length)
-        self._image.submit(offset, length, buffer, (deliver, buffer))
+        self._image.submit(offset, length, deliver)
 
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ReadHandle.extents`."""
@@ -144,11 +143,14 @@ class EventImage:
                 await trio.lowlevel.wait_readable(self._event)
                 # First the eventfd, then the completions: one that comes in between is counted again.
                 os.eventfd_read(self._event)
-                for (deliver, buffer), result in self._image.drain():
-                    try:
-                        deliver(result, buffer)
-                    except Exception:
-                        log.exception("a completion could not be delivered")
+                self._deliver(self._image.drain())
+
+    def _deliver(self, completed: list[tuple[Deliver, int, Data]]) -> None:
+        for deliver, result, data in completed:
+            try:
+                deliver(result, data)
+            except Exception:
+                log.exception("a completion could not be delivered")
 
     async def aclose(self) -> None:
         """See `ReadHandle.aclose`."""

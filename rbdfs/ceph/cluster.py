@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import allocation, clients, directory, header, librbd, placement
+from rbdfs.ceph import allocation, bufferlist, clients, directory, header, librbd, placement
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -69,6 +69,8 @@ class Cluster:
         client = await in_thread(connect, options)
         cluster = cls(client, options.name, Handover(), frozenset(only_pools))
         cluster._by_events = options.events
+        if (reason := bufferlist.unavailable()) is not None:
+            log.info("large reads cost one copy more: %s", reason)
         try:
             cluster._reads = await in_thread_to_its_end(connect_for_reads, client, options)
             with trio.move_on_after(options.connect_timeout) as waiting:

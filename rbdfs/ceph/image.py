@@ -27,6 +27,7 @@ from rbdfs.ceph.changes import (
 from rbdfs.ceph.errors import reason_of, translated
 from rbdfs.ceph.handles import Handles
 from rbdfs.ceph.header_watch import HeaderWatch
+from rbdfs.ceph.memory import Data
 from rbdfs.ceph.raw import RawReads
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-OnComplete = Callable[[bytes | RbdfsError], None]
+OnComplete = Callable[[Data | RbdfsError], None]
 
 _MAP_INVALID = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 
@@ -223,7 +224,7 @@ class CephImage:
         self._raw.open(0.0 if looks.stale is not None else until - trio.current_time())
 
     def _finish(
-        self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: bytes
+        self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: Data
     ) -> None:
         if result == length:
             if self._is_in_doubt(offset, data):
@@ -239,7 +240,7 @@ class CephImage:
         else:
             oncomplete(ReadError(f"{what}: {reason_of(-result)}", -result))
 
-    def _is_in_doubt(self, offset: int, data: bytes) -> bool:
+    def _is_in_doubt(self, offset: int, data: Data) -> bool:
         """Whether these may not be the image's bytes.
 
         An object of HEAD that was removed or cut ends with a zero; but for a clone's, behind which its parent's shows.
@@ -251,7 +252,7 @@ class CephImage:
         return 0 in data[self.stripe_unit - 1 - offset % self.stripe_unit :: self.stripe_unit]
 
     def _finish_if_in_place(
-        self, handle: ReadHandle, offset: int, oncomplete: OnComplete, data: bytes, looked: int | RbdfsError
+        self, handle: ReadHandle, offset: int, oncomplete: OnComplete, data: Data, looked: int | RbdfsError
     ) -> None:
         self._ended(handle)
         self._open_shortcut()

@@ -17,6 +17,7 @@ Close in the order image, ioctx, cluster: an image closed after `shutdown` hangs
 
 import ctypes
 import errno
+import math
 import os
 from collections.abc import Callable, Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_ssize_t, c_uint8, c_uint64, c_void_p
@@ -24,7 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from rbdfs.ceph import bufferlist
+from rbdfs.ceph.bufferlist import Bufferlist
 from rbdfs.ceph.errors import reason_of
+from rbdfs.ceph.memory import Data, new_buffer
 from rbdfs.errors import ConnectError, RbdfsError
 
 Token = TypeVar("Token")
@@ -263,8 +267,9 @@ class Image(Generic[Token]):
     def __init__(self, handle: c_void_p, name: str) -> None:
         self._name = name
         self._handle = handle.value
+        self._least_taken_over = math.inf if bufferlist.unavailable() else bufferlist.LEAST_BYTES
         # By address of the completion. Holds on to the buffer: librbd writes into it until the read completes.
-        self._in_flight: dict[int, tuple[Token, bytes]] = {}
+        self._in_flight: dict[int, tuple[Token, bytes | Bufferlist]] = {}
         self._new = _Completion()
         self._new_ref = byref(self._new)
         self._polled = (_Completion * _COMPLETIONS_PER_POLL)()
@@ -276,40 +281,47 @@ class Image(Generic[Token]):
             raise ValueError(f"image {self._name} is closed")
         return self._handle
 
-    def submit(self, offset: int, length: int, buffer: bytes, token: Token) -> None:
-        """Start a read of `length` bytes at image `offset` into `buffer` (see memory.py); short, keeps the GIL.
+    def submit(self, offset: int, length: int, token: Token) -> None:
+        """Start a read of `length` bytes at image `offset`; short, keeps the GIL.
 
         There is no way to take a read back. An error is a result of `drain`, never an exception here.
         """
         if self._handle is None:
             raise ValueError(f"image {self._name} is closed")
-        if length > len(buffer):
-            raise ValueError(f"a buffer of {len(buffer)} bytes for a read of {length}")
         _rbd_aio_create_completion(None, None, self._new_ref)
         completion = self._new.value
-        self._in_flight[completion] = (token, buffer)
-        _rbd_aio_read(self._handle, offset, length, buffer, completion)
+        if length < self._least_taken_over:
+            buffer = new_buffer(length)
+            self._in_flight[completion] = (token, buffer)
+            _rbd_aio_read(self._handle, offset, length, buffer, completion)
+        else:
+            self._in_flight[completion] = (token, Bufferlist(self._handle, offset, length, completion))
 
-    def drain(self) -> list[tuple[Token, int]]:
-        """The reads that completed since the last call, each with its result; short, keeps the GIL.
+    def drain(self) -> list[tuple[Token, int, Data]]:
+        """The reads that completed since the last call, each with its result and data; short, keeps the GIL.
 
         A result is the count of bytes read, or a negative errno. A read across the end of the image is short, one that
-        starts at or past the end is -EINVAL. Call it after reading the eventfd, not before, or a completion may be
-        left behind unannounced. It may find nothing: a completion is announced just after it can be found.
+        starts at or past the end is -EINVAL; the data of neither is of any use. Call it after reading the eventfd, not
+        before, or a completion may be left behind unannounced. It may find nothing: a completion is announced just
+        after it can be found.
         """
-        completed: list[tuple[Token, int]] = []
+        completed: list[tuple[Token, int, Data]] = []
         if self._handle is None:
             return completed
         polled = self._polled
         while True:
             count = _rbd_poll_io_events(self._handle, polled, _COMPLETIONS_PER_POLL)
-            for completion in polled[:count]:
-                completed.append((self._in_flight.pop(completion)[0], _rbd_aio_get_return_value(completion)))
-                _rbd_aio_release(completion)
+            completed.extend(map(self._end, polled[:count]))
             if count < _COMPLETIONS_PER_POLL:
                 return completed
 
-    def close(self) -> list[tuple[Token, int]]:
+    def _end(self, completion: int) -> tuple[Token, int, Data]:
+        token, buffer = self._in_flight.pop(completion)
+        result: int = _rbd_aio_get_return_value(completion)
+        _rbd_aio_release(completion)
+        return (token, result, buffer) if isinstance(buffer, bytes) else (token, *buffer.take(result))
+
+    def close(self) -> list[tuple[Token, int, Data]]:
         """Wait for the reads in flight, then close; blocking. What `drain` would have returned of them, is returned.
 
         An interpreter that exits with reads in flight frees their buffers under librbd's hands, and crashes.
@@ -319,11 +331,7 @@ class Image(Generic[Token]):
         if handle is None:
             return []
         result = _rbd_close(handle)  # unregisters the watch, too
-        completed = []
-        for completion, (token, _) in self._in_flight.items():
-            completed.append((token, _rbd_aio_get_return_value(completion)))
-            _rbd_aio_release(completion)
-        self._in_flight.clear()
+        completed = [self._end(completion) for completion in list(self._in_flight)]
         _check(result, f"cannot close image {self._name}")
         return completed
 

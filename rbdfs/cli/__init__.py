@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rbdfs import __version__
+from rbdfs.ceph.memory import keep_freed_memory
 from rbdfs.cli.cluster import EPILOG
 from rbdfs.cli.devcluster import add_devcluster
 from rbdfs.cli.images import add_export, add_map
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. The exit status."""
     ours, command_line = _split_at_dashes(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(ours, argparse.Namespace(command_line=command_line))
+        options = _parser().parse_args(ours, argparse.Namespace(command_line=command_line, moves_data=False))
+        if options.moves_data and arguments is None:  # then the process is ours to start anew
+            keep_freed_memory()
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except UsageError as error:

@@ -68,7 +68,7 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="the options above without their dashes (allow_other,uid=1000), or libfuse's own",
     )
     add_cluster_options(parser)
-    parser.set_defaults(command=partial(_mount, parser))
+    parser.set_defaults(command=partial(_mount, parser), moves_data=True)
 
 
 def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from rbdfs.catalog import ImageRef
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.image import CephImage
-from rbdfs.ceph.memory import keep_freed_memory
 from rbdfs.commands.ending import exit_at_the_latest, until_signalled
 from rbdfs.commands.find import find
 from rbdfs.commands.progress import load_bar, show_progress, summary
@@ -68,7 +67,6 @@ def export(options: ExportOptions) -> int:
         check_new(options.path, resume=options.resume)
     if options.progress:
         load_bar()
-    keep_freed_memory()
     return trio.run(_Export(options, spec).run)
 
 

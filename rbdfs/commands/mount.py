@@ -17,7 +17,6 @@ import trio
 
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.ceph.memory import keep_freed_memory
 from rbdfs.commands.ending import exit_at_the_latest
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.operations import Operations, Presentation
@@ -72,7 +71,6 @@ def mount(options: MountOptions) -> int:
 
 async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
     """The composition root: wires the parts, and takes them apart in reverse."""
-    keep_freed_memory()
     cluster = await Cluster.connect(options.cluster, options.pools)
     images = OpenImages(ObjectCache(options.cache_bytes, Throttle(MAX_OPS, MAX_BYTES)))
     operations = Operations(Tree(cluster, time.time_ns()), cluster, images, cluster.open_image, options.presentation)

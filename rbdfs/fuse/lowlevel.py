@@ -24,6 +24,7 @@ from typing import Final, Protocol, TypeVar
 import trio
 
 from rbdfs.errors import RbdfsError
+from rbdfs.image.source import Data
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _load_library() -> ctypes.PyDLL | None:
     loaded.rbdfs_end_receiving.restype = None
     loaded.rbdfs_receive.argtypes = []
     loaded.rbdfs_reply_lseek.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    loaded.rbdfs_reply_read.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+    loaded.rbdfs_reply_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     loaded.rbdfs_reply_error.argtypes = [ctypes.c_void_p, ctypes.c_int]
     return loaded
 
@@ -197,7 +198,7 @@ class ReadRequest:
         self.offset = offset
         self.length = length
 
-    def reply(self, data: bytes, start: int, end: int) -> None:
+    def reply(self, data: Data, start: int, end: int) -> None:
         """Answer with data[start:end]; it goes to the kernel without a copy."""
         self._reads.send(self, data, start, end - start)
 
@@ -324,7 +325,7 @@ class _Reads:
         for request in list(self._waiting):
             request.fail(errno.ECONNABORTED)
 
-    def send(self, request: ReadRequest, data: bytes, start: int, length: int) -> None:
+    def send(self, request: ReadRequest, data: Data, start: int, length: int) -> None:
         """Answer with bytes, what was not answered yet."""
         if request in self._waiting:
             self._waiting.remove(request)

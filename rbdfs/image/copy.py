@@ -16,7 +16,7 @@ import trio
 
 from rbdfs.errors import RbdfsError, StaleError
 from rbdfs.image.holes import HoleMap, Kind, Segment
-from rbdfs.image.source import Buffer, ImageSource, ReadResult
+from rbdfs.image.source import Buffer, ImageSource, ReadResult, view
 from rbdfs.image.striper import MIB, Layout
 from rbdfs.image.throttle import Throttle
 from rbdfs.threads import in_thread_of_its_own, in_thread_to_its_end
@@ -252,7 +252,7 @@ class Copy:
             self._fail(result)
             return
         self._reads.done(piece.length)  # which starts the next
-        piece.data = result
+        piece.data = result if isinstance(result, bytes) else view(result)
         piece.landed.set()
         if not self._target.in_order:
             self._start_soon(partial(self._write, piece))

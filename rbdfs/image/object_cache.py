@@ -19,7 +19,7 @@ import trio
 
 from rbdfs.errors import RbdfsError
 from rbdfs.image.held_blocks import HeldBlocks
-from rbdfs.image.source import ImageSource, ReadResult
+from rbdfs.image.source import Data, ImageSource, ReadResult, view
 from rbdfs.image.striper import Layout, file_to_extents
 from rbdfs.image.throttle import Throttle
 
@@ -28,7 +28,9 @@ MISS_ALIGNMENT = 4096
 costs the OSD nothing more. It bounds what a random read fetches: the request and less than two of these."""
 
 COPIES_IN_FLIGHT = 2
-"""What is in flight is in memory twice: librados receives it into buffers of its own, librbd copies it into ours."""
+"""What is in flight is in memory twice where librbd copies it: librados receives it into buffers of its own, librbd
+copies it into ours. Where librados's buffers are taken over, the second copy stands for the gaps between them in the
+heap: with one, a mount with a budget of 256 MiB peaked at 422 MB under all kinds of readers, with two at 338."""
 
 _BEYOND_ANY_OFFSET = 1 << 63
 
@@ -44,7 +46,7 @@ class Fetch:
         self.length = length
         self.objects: list[int] = []
         self.listed = False
-        self.data: bytes | None = None
+        self.data: Data | None = None
         self.error: RbdfsError | None = None
         self.waiters: list[Callable[[Fetch], None]] = []
 
@@ -62,7 +64,7 @@ class Fetch:
 class Span(NamedTuple):
     """The bytes data[start:end]."""
 
-    data: bytes
+    data: Data
     start: int
     end: int
 
@@ -176,7 +178,7 @@ class ObjectCache:
         result = results[0]
         if isinstance(result, RbdfsError):
             raise result
-        return memoryview(result.data)[result.start : result.end]
+        return view(result.data)[result.start : result.end]
 
     def prefetch(self, image: CachedImage, offset: int, length: int) -> None:
         """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
@@ -321,7 +323,7 @@ class _Gathering:
             if fetch.data is None:
                 self._done(fetch.error or _no_result())
                 return
-            views.append(memoryview(fetch.data)[start:end])
+            views.append(view(fetch.data)[start:end])
         joined = b"".join(views)
         self._done(Span(joined, 0, len(joined)))
 

@@ -1,5 +1,6 @@
 """What an open image needs of the cluster, and no more. `ceph/image.py` has the real one, the tests a fake."""
 
+import ctypes
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -7,8 +8,15 @@ from rbdfs.errors import RbdfsError
 from rbdfs.shortcut import RawImage, Shortcut
 
 Buffer = bytes | bytearray | memoryview
-ReadResult = bytes | RbdfsError
+Data = bytes | ctypes.Array[ctypes.c_ubyte]
+"""What was read: either has a length, bytes by index as numbers, an address for ctypes, and `view`."""
+ReadResult = Data | RbdfsError
 OnComplete = Callable[[ReadResult], None]
+
+
+def view(data: Data) -> memoryview:
+    """The bytes, in place; keeps them alive."""
+    return memoryview(data).cast("B")
 
 
 class ImageSource(Protocol):
