@@ -45,8 +45,6 @@ class ImageFacts:
     """Bytes."""
     used_bytes: int
     """What it holds, in whole objects; the size, where that is not known without looking at each object."""
-    object_size: int
-    """Bytes."""
     modified_ns: int
     """Nanoseconds since the epoch; RBD moves it once a minute at most (`rbd_mtime_update_interval`). Of a snapshot,
     when it was made."""

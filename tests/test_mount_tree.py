@@ -20,7 +20,7 @@ def test_the_root_lists_pools_and_a_pool_its_images_as_read_only_files(ceph: Cep
     assert "rbd" in os.listdir(mount.path)
     assert name in os.listdir(mount.path / "rbd")
     status = mount.image(name).stat()
-    assert (status.st_mode, status.st_size, status.st_blksize) == (0o100444, 5 * MIB, MIB)
+    assert (status.st_mode, status.st_size, status.st_blksize) == (0o100444, 5 * MIB, 256 << 10)
     assert (status.st_uid, status.st_gid) == (os.getuid(), os.getgid())
     with ceph.ioctx() as ioctx, rbd.Image(ioctx, name, read_only=True) as image:
         assert int(status.st_mtime) == int(status.st_ctime) == int(image.modify_timestamp().timestamp())

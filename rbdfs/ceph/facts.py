@@ -28,7 +28,7 @@ BATCHES_AT_ONCE = 3
 """One is decoded here while the OSDs answer the others. The object maps of a batch are in memory at a time: 16 KiB for
 each 256 GiB of an image."""
 
-BROKEN = ImageFacts(size=1, used_bytes=1, object_size=1 << 22, modified_ns=0)
+BROKEN = ImageFacts(size=1, used_bytes=1, modified_ns=0)
 """What is shown of an image that its pool names and that has no header, or none that can be understood. Opening it
 fails; tar archives a file without bytes, or without blocks, without opening it, and so without an error."""
 
@@ -166,6 +166,5 @@ def _facts(layer: _Layer) -> ImageFacts:
     return ImageFacts(
         size=found.size,
         used_bytes=found.size if held is None else min(found.size, held.count * found.object_size),
-        object_size=found.object_size,
         modified_ns=found.modified_ns,
     )
