@@ -67,9 +67,9 @@ def test_scattered_reads_are_what_rbd_export_reads(ceph: Ceph, mounts: Mounts, f
     for spec in (name, f"{name}@s"):
         with mount.image(spec).open("rb", buffering=0) as file:
             begin(mount, file.fileno())
-            for offset, data in scatter(file.fileno(), SIZE, 1500, seed=2):
+            for offset, data in scatter(file.fileno(), SIZE, 700, seed=2):
                 assert data == content[offset : offset + len(data)], (spec, offset)
-        assert answered(mount) > 200, spec  # the others: near another, of what is cached, of zeros, over two objects
+        assert answered(mount) > 100, spec  # the others: near another, of what is cached, of zeros, over two objects
 
 
 def test_what_needs_a_look_each_time_and_what_lies_in_stripes_takes_the_long_way(ceph: Ceph, mounts: Mounts) -> None:
@@ -222,31 +222,10 @@ def test_an_image_that_shrinks_and_grows_ends_where_it_ends(ceph: Ceph, mounts: 
         begin(mount, file.fileno())
 
 
-def test_without_an_osd_it_is_an_error_and_the_mount_lives_on(ceph: Ceph, mounts: Mounts) -> None:
-    mount, name, content = mounts(*DIRECT, "--osd-timeout", "2"), ceph.unique("timeout"), random_bytes(SIZE)
-    mount.expect("ERROR", "WARNING")
-    ceph.make_image(name, content)
-    with mount.image(name).open("rb", buffering=0) as file:
-        begin(mount, file.fileno())
-        ceph.devcluster.kill_daemon("osd.0")
-        try:
-            with pytest.raises(OSError, match=r"timed out|Input/output"):
-                os.pread(file.fileno(), 4 * KIB, 33 * MIB + 4 * KIB)
-            assert f"cannot read rbd/{name} at {33 * MIB + 4 * KIB}" in mount.log
-        finally:
-            ceph.devcluster.start_daemon("osd.0")
-
-        def reads_again() -> bool:
-            try:
-                return os.pread(file.fileno(), 4 * KIB, 35 * MIB) == content[35 * MIB : 35 * MIB + 4 * KIB]
-            except TimeoutError:
-                return False
-
-        wait_until(reads_again, 60)
-
-
-def test_sigterm_ends_it_within_5_s_while_such_a_read_waits(ceph: Ceph, mounts: Mounts) -> None:
-    mount, name = mounts(*DIRECT), ceph.unique("waits")
+def test_without_an_osd_it_is_an_error_and_sigterm_ends_the_mount_while_such_a_read_waits(
+    ceph: Ceph, mounts: Mounts
+) -> None:
+    mount, name = mounts(*DIRECT, "--osd-timeout", "2"), ceph.unique("waits")
     mount.expect("WARNING", "ERROR")
     ceph.make_image(name, random_bytes(SIZE))
     file = os.open(mount.image(name), os.O_RDONLY)
@@ -261,6 +240,9 @@ def test_sigterm_ends_it_within_5_s_while_such_a_read_waits(ceph: Ceph, mounts: 
     begin(mount, file)
     ceph.devcluster.kill_daemon("osd.0")
     try:
+        wait()
+        assert errors in ([errno.ETIMEDOUT], [errno.EIO])
+        assert f"cannot read rbd/{name} at {33 * MIB + 4 * KIB}" in mount.log
         reader = threading.Thread(target=wait)
         reader.start()
         reader.join(0.5)
@@ -268,7 +250,7 @@ def test_sigterm_ends_it_within_5_s_while_such_a_read_waits(ceph: Ceph, mounts: 
         os.kill(mount.pid, signal.SIGTERM)
         wait_until(lambda: not mount.is_running, STOP_SECONDS)
         reader.join(10)
-        assert errors in ([errno.ENOTCONN], [errno.ECONNABORTED], [errno.EIO])
+        assert errors[1:] in ([errno.ENOTCONN], [errno.ECONNABORTED], [errno.EIO])
     finally:
         ceph.devcluster.start_daemon("osd.0")
         with contextlib.suppress(OSError):  # close() asks a file system that is gone

@@ -41,8 +41,7 @@ BLOCK_BYTES = 4096
 
 COPY_BYTES = 256 * 1024
 """st_blksize: what `cp`, `cat` and Python's open() read at once. Through a buffer of an object's size, 4 MiB, which the
-CPU's caches do not hold, `cp` took twice the time and three times the CPU (coreutils 9.1; 128 KiB, 1 MiB: a tenth more).
-"""
+CPU's caches do not hold, `cp` took twice the time and three times the CPU (coreutils 9.1; with 1 MiB a tenth more)."""
 
 STAT_BLOCK_BYTES = 512
 """The unit of st_blocks, whatever the block size."""
