@@ -19,7 +19,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageRef
-from rbdfs.ceph import librbd
+from rbdfs.ceph import librados, librbd
 from rbdfs.ceph.errors import errno_of, translated
 from rbdfs.ceph.memory import Data
 from rbdfs.threads import in_thread_to_its_end
@@ -107,9 +107,11 @@ class ReadHandle(Protocol):
 class EventImage:
     """Reads by librbd's event API."""
 
-    def __init__(self, ioctx: librbd.Ioctx, image: ImageRef) -> None:
+    def __init__(self, ioctx: librados.Ioctx, image: ImageRef) -> None:
         """Blocks. Raises RbdfsError."""
-        self._open = partial(ioctx.open_image, image_id=image.id, snap_id=image.snapshot_id, by_name=image.format == 1)
+        self._open = partial(
+            librbd.open_image, ioctx, image_id=image.id, snap_id=image.snapshot_id, by_name=image.format == 1
+        )
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             self._image: librbd.Image[Deliver] = self._open(self._event)

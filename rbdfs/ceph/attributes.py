@@ -14,7 +14,7 @@ from typing import Final
 import rbd
 
 from rbdfs.catalog import ImageRef, Namespace
-from rbdfs.ceph import header, librbd
+from rbdfs.ceph import header, librados
 from rbdfs.ceph.directory import DIRECTORY
 from rbdfs.ceph.encoding import NANOSECONDS, Reader, encode_string
 from rbdfs.ceph.errors import translated
@@ -47,7 +47,7 @@ class AttributeReader:
     def __init__(
         self,
         operations: ReadOperations,
-        ioctx_of: Callable[[Namespace], librbd.Ioctx],
+        ioctx_of: Callable[[Namespace], librados.Ioctx],
         pool_name: Callable[[int], str],
         open_image: Callable[[ImageRef], AbstractContextManager[rbd.Image]],
     ) -> None:

@@ -26,7 +26,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageRef
-from rbdfs.ceph import header, librbd
+from rbdfs.ceph import header, librados
 from rbdfs.ceph.aio import Answer
 from rbdfs.ceph.directory import DIRECTORY
 from rbdfs.ceph.encoding import encode_string
@@ -82,7 +82,7 @@ class HeadLook:
         spec: ImageSpec,
         image: ImageRef,
         operations: ReadOperations,
-        ioctx: librbd.Ioctx,
+        ioctx: librados.Ioctx,
         watchers: Watchers,
         *,
         features: int,
@@ -128,7 +128,7 @@ class SnapshotLook:
         spec: ImageSpec,
         image: ImageRef,
         operations: ReadOperations,
-        ioctx: librbd.Ioctx,
+        ioctx: librados.Ioctx,
         *,
         size: int,
         features: int,
@@ -167,7 +167,7 @@ class Format1Look:
         spec: ImageSpec,
         image: ImageRef,
         operations: ReadOperations,
-        ioctx: librbd.Ioctx,
+        ioctx: librados.Ioctx,
         watchers: Watchers,
     ) -> None:
         self._spec = spec

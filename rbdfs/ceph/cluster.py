@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import allocation, bufferlist, clients, directory, header, librbd, placement
+from rbdfs.ceph import allocation, bufferlist, clients, directory, header, librados, placement
 from rbdfs.ceph.aio import (
     Answer,
     CallbackImage,
@@ -50,8 +50,8 @@ class Cluster:
         self._handover = handover
         self._only_pools = only_pools
         self._ioctxs: dict[Namespace, rados.Ioctx] = {}
-        self._reads: librbd.Cluster
-        self._read_ioctxs: dict[Namespace, librbd.Ioctx] = {}
+        self._reads: librados.Cluster
+        self._read_ioctxs: dict[Namespace, librados.Ioctx] = {}
         self._by_events = True
         self._operations = ReadOperations(handover)
         self._handles = Handles(self._open_handle)
@@ -312,7 +312,7 @@ class Cluster:
                 ) from None
             return ioctx
 
-    def _read_ioctx(self, namespace: Namespace) -> librbd.Ioctx:
+    def _read_ioctx(self, namespace: Namespace) -> librados.Ioctx:
         """For what Ceph's own bindings lack: image data by events, and read operations."""
         if namespace not in self._read_ioctxs:
             self._read_ioctxs[namespace] = self._reads.open_ioctx(namespace.pool.id, namespace.name)

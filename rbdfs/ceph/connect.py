@@ -7,7 +7,7 @@ from pathlib import Path
 
 import rados
 
-from rbdfs.ceph import librbd
+from rbdfs.ceph import librados
 from rbdfs.ceph.errors import errno_of
 from rbdfs.errors import ConnectError
 
@@ -48,13 +48,13 @@ def connect(options: ClusterOptions) -> rados.Rados:
     return client
 
 
-def connect_for_reads(client: rados.Rados, options: ClusterOptions) -> librbd.Cluster:
+def connect_for_reads(client: rados.Rados, options: ClusterOptions) -> librados.Cluster:
     """A second connection, for image data by the event API, as whom and to where `client` is connected.
 
     Blocks for `connect_timeout` at most. Raises ConnectError.
     """
-    return librbd.connect(
-        {**librbd.READ_OPTIONS, **_settings(client, options)},
+    return librados.connect(
+        {**librados.READ_OPTIONS, **_settings(client, options)},
         conf_file=options.conf,
         read_conf=client.conffile != rados.Rados.NO_CONF_FILE,
         cluster_name=options.cluster or DEFAULT_CLUSTER,

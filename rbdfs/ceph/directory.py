@@ -9,7 +9,7 @@ import os
 from dataclasses import replace
 
 from rbdfs.catalog import ImageRef, Namespace
-from rbdfs.ceph import header, librbd
+from rbdfs.ceph import header, librados
 from rbdfs.ceph.encoding import Reader, encode_string
 from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
@@ -24,7 +24,7 @@ _FORMAT_1_BYTES = 1 << 16
 """What is read of the names of images of format 1 at first: a few thousand; of most pools there are none."""
 
 
-async def image_names(operations: ReadOperations, ioctx: librbd.Ioctx, namespace: Namespace) -> dict[str, ImageRef]:
+async def image_names(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace) -> dict[str, ImageRef]:
     """All images of a namespace, by name. Raises RbdfsError."""
     found: dict[str, ImageRef] = {}
     last, page = "", NAMES_A_PAGE
@@ -45,7 +45,7 @@ async def image_names(operations: ReadOperations, ioctx: librbd.Ioctx, namespace
     return found
 
 
-async def image(operations: ReadOperations, ioctx: librbd.Ioctx, namespace: Namespace, name: str) -> ImageRef:
+async def image(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace, name: str) -> ImageRef:
     """One image by name. Raises RbdfsError: ENOENT."""
     call = Call(b"dir_get_id", encode_string(name))
     reply = await operations.ask(Request(ioctx, DIRECTORY, [call]))
@@ -64,7 +64,7 @@ async def image(operations: ReadOperations, ioctx: librbd.Ioctx, namespace: Name
 
 
 async def still_named(
-    operations: ReadOperations, ioctx: librbd.Ioctx, namespace: Namespace, images: list[ImageRef]
+    operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace, images: list[ImageRef]
 ) -> set[ImageRef]:
     """Those of `images` that the pool has a name for. Raises RbdfsError."""
     names = None
@@ -80,7 +80,7 @@ async def still_named(
     }
 
 
-async def namespaces(operations: ReadOperations, ioctx: librbd.Ioctx) -> list[str]:
+async def namespaces(operations: ReadOperations, ioctx: librados.Ioctx) -> list[str]:
     """The names of all namespaces of a pool but the default one. Raises RbdfsError."""
     found: list[str] = []
     page = NAMES_A_PAGE
@@ -96,7 +96,7 @@ async def namespaces(operations: ReadOperations, ioctx: librbd.Ioctx) -> list[st
     return found
 
 
-async def changed_ns(operations: ReadOperations, ioctx: librbd.Ioctx) -> int | None:
+async def changed_ns(operations: ReadOperations, ioctx: librados.Ioctx) -> int | None:
     """When an image or a namespace was last made, renamed or removed; None if there never was any."""
     replies = await operations.operate([Request(ioctx, name, stat=True) for name in (DIRECTORY, NAMESPACES)])
     for reply in replies:
@@ -106,7 +106,7 @@ async def changed_ns(operations: ReadOperations, ioctx: librbd.Ioctx) -> int | N
 
 
 async def _many_of_format_1(
-    operations: ReadOperations, ioctx: librbd.Ioctx, namespace: Namespace
+    operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace
 ) -> dict[str, ImageRef]:
     read_bytes = _FORMAT_1_BYTES
     while True:

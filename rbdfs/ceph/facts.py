@@ -15,7 +15,7 @@ from itertools import islice
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace
-from rbdfs.ceph import directory, header, librbd, object_map
+from rbdfs.ceph import directory, header, librados, object_map
 from rbdfs.ceph.header import Header
 from rbdfs.ceph.object_map import ObjectSet
 from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
@@ -46,7 +46,7 @@ class _Layer:
 class FactsReader:
     """Asks for the facts of images."""
 
-    def __init__(self, operations: ReadOperations, ioctx_of: Callable[[Namespace], librbd.Ioctx]) -> None:
+    def __init__(self, operations: ReadOperations, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
         self._operations = operations
         self._ioctx_of = ioctx_of
 
@@ -109,7 +109,7 @@ class FactsReader:
     async def _layers(self, images: Sequence[ImageRef]) -> dict[ImageRef, _Layer | RbdfsError]:
         operate = self._operations.operate
         layers: dict[ImageRef, _Layer | RbdfsError] = {}
-        asked: list[tuple[ImageRef, librbd.Ioctx]] = []
+        asked: list[tuple[ImageRef, librados.Ioctx]] = []
         for image in images:
             try:
                 asked.append((image, self._ioctx_of(image.namespace)))

@@ -15,7 +15,7 @@ from typing import Final
 import rbd
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph import librbd
+from rbdfs.ceph import librados
 from rbdfs.ceph.encoding import Reader
 from rbdfs.ceph.errors import reason_of
 from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
@@ -86,7 +86,7 @@ class Snapshot:
     """Nanoseconds since the epoch; 0 for one that was made before Ceph kept them (Mimic)."""
 
 
-def request(ioctx: librbd.Ioctx, image: ImageRef) -> Request:
+def request(ioctx: librados.Ioctx, image: ImageRef) -> Request:
     """What `decode` takes the reply to."""
     if image.format == 1:
         calls = [Call(b"snap_list")] if image.snapshot_id is not None else []
@@ -197,7 +197,7 @@ def _decode_format_1(image: ImageRef, reply: Reply) -> Header:
     raise RbdfsError(f"{object_of(image)} has no snapshot {image.snapshot_id}", errno.ENOENT)
 
 
-async def snapshots(operations: ReadOperations, ioctx: librbd.Ioctx, image: ImageRef) -> list[Snapshot]:
+async def snapshots(operations: ReadOperations, ioctx: librados.Ioctx, image: ImageRef) -> list[Snapshot]:
     """All snapshots, the oldest first. Raises RbdfsError: ENOENT where the image is gone."""
     what = f"list the snapshots of {object_of(image)}"
     method = b"snap_list" if image.format == 1 else b"get_snapcontext"

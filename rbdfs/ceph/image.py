@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageRef
-from rbdfs.ceph import header, librbd
+from rbdfs.ceph import header, librados
 from rbdfs.ceph.aio import Handover, ReadHandle
 from rbdfs.ceph.changes import (
     GET_LOCK_INFO,
@@ -58,7 +58,7 @@ class Asks(NamedTuple):
     """Where an image's header is asked, and how."""
 
     operations: ReadOperations
-    ioctx: librbd.Ioctx
+    ioctx: librados.Ioctx
 
 
 class CephImage:

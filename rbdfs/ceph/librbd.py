@@ -1,50 +1,36 @@
-"""The part of librados and librbd that Ceph's Python bindings lack, through ctypes: reads without callbacks.
+"""The part of librbd that Ceph's Python binding lacks, through ctypes: reads without callbacks.
 
-The bindings report each finished read by a callback in a librbd thread, which must take the GIL to run it. librbd's
+The binding reports each finished read by a callback in a librbd thread, which must take the GIL to run it. librbd's
 event API needs no foreign thread: it counts completions on an eventfd that the trio thread waits for, and hands
-them over when polled. The bindings do not export their `rados_t`, so this module makes its own connection.
+them over when polled.
 
 Two kinds of calls, by what they do with the GIL:
 
-- **Blocking** (`connect`, `open_image`, `close`, `info`, `diff`, everything that can wait for the cluster): they
+- **Blocking** (`open_image`, `close`, `info`, `diff`, everything that can wait for the cluster): they
   release the GIL. Call them in a worker thread.
 - **Short** (`Image.submit`, `Image.drain`): they never wait for the cluster, and keep the GIL (`ctypes.PyDLL`). In an
   idle interpreter that is no faster; beside a busy Python thread, to give the GIL up in each call made reads 1.3 to 5
   times slower. Call them in one thread, the one that waits for the eventfd.
 
-Close in the order image, ioctx, cluster: an image closed after `shutdown` hangs for ever.
+Close an image before its ioctx and its connection (librados.py): closed after `shutdown`, it hangs for ever.
 """
 
 import ctypes
 import errno
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_ssize_t, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from rbdfs.ceph import bufferlist
 from rbdfs.ceph.bufferlist import Bufferlist
-from rbdfs.ceph.errors import reason_of
+from rbdfs.ceph.librados import HANDLE, Ioctx, bind, check, load
 from rbdfs.ceph.memory import Data, new_buffer
-from rbdfs.errors import ConnectError, RbdfsError
+from rbdfs.errors import RbdfsError
 
 Token = TypeVar("Token")
-
-READ_OPTIONS: Mapping[str, str] = {
-    "librados_thread_count": "1",
-    "rbd_atime_update_interval": "0",
-}
-"""Ceph options for a connection that only reads; what the user configured goes over them.
-
-One librados thread, not two: with 16 reads of 4 KiB in flight it saves a fifth to a quarter of the CPU time a read
-and half of the context switches (Ceph 16.2.15, 2 cores, another program busy), and large reads are as fast. With the
-callbacks of Ceph's own binding it is slower, so it is not for that connection. Interval 0: a read must not write an
-access timestamp. On top of these, `rbd_cache=false`, `rbd_io_scheduler=none` and `ms_async_op_threads=1` brought
-nothing that stands out from the noise, nor did a larger `objecter_inflight_op_bytes` with 10 reads of 4 MiB in flight.
-"""
 
 _EVENT_TYPE_EVENTFD = 2
 _COMPLETIONS_PER_POLL = 64
@@ -73,62 +59,39 @@ class _Watcher(ctypes.Structure):
 
 
 _DiffCallback = ctypes.CFUNCTYPE(c_int, c_uint64, c_size_t, c_int, c_void_p)
-_HANDLE = POINTER(c_void_p)
 _Completion = c_size_t  # a rbd_completion_t by its address: ctypes reads it as an int, never as None
 
-try:
-    _librados = ctypes.CDLL("librados.so.2")
-    _librbd = ctypes.CDLL("librbd.so.1")
-    _librbd_short = ctypes.PyDLL("librbd.so.1")
-except OSError as error:
-    raise ImportError(str(error), name="librados" if "librados" in str(error) else "librbd") from error
+_librbd = load("librbd.so.1")
+_librbd_short = load("librbd.so.1", ctypes.PyDLL)
 
-
-def _bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    function = library[name]  # a fresh function object, so that the types set here are ours alone
-    function.restype = result
-    function.argtypes = arguments
-    return function
-
-
-_rados_create2 = _bind(_librados, "rados_create2", c_int, _HANDLE, c_char_p, c_char_p, c_uint64)
-_rados_conf_read_file = _bind(_librados, "rados_conf_read_file", c_int, c_void_p, c_char_p)
-_rados_conf_parse_env = _bind(_librados, "rados_conf_parse_env", c_int, c_void_p, c_char_p)
-_rados_conf_set = _bind(_librados, "rados_conf_set", c_int, c_void_p, c_char_p, c_char_p)
-_rados_connect = _bind(_librados, "rados_connect", c_int, c_void_p)
-_rados_shutdown = _bind(_librados, "rados_shutdown", None, c_void_p)
-_rados_ioctx_create2 = _bind(_librados, "rados_ioctx_create2", c_int, c_void_p, c_int64, _HANDLE)
-_rados_ioctx_set_namespace = _bind(_librados, "rados_ioctx_set_namespace", None, c_void_p, c_char_p)
-_rados_ioctx_destroy = _bind(_librados, "rados_ioctx_destroy", None, c_void_p)
-
-_OPEN = (c_void_p, c_char_p, _HANDLE, c_char_p)
-_rbd_open_by_id_read_only = _bind(_librbd, "rbd_open_by_id_read_only", c_int, *_OPEN)
-_rbd_open_read_only = _bind(_librbd, "rbd_open_read_only", c_int, *_OPEN)
-_rbd_snap_set_by_id = _bind(_librbd, "rbd_snap_set_by_id", c_int, c_void_p, c_uint64)
-_rbd_close = _bind(_librbd, "rbd_close", c_int, c_void_p)
-_rbd_stat = _bind(_librbd, "rbd_stat", c_int, c_void_p, POINTER(_ImageInfo), c_size_t)
-_rbd_get_features = _bind(_librbd, "rbd_get_features", c_int, c_void_p, POINTER(c_uint64))
-_rbd_get_flags = _bind(_librbd, "rbd_get_flags", c_int, c_void_p, POINTER(c_uint64))
-_rbd_get_stripe_unit = _bind(_librbd, "rbd_get_stripe_unit", c_int, c_void_p, POINTER(c_uint64))
-_rbd_get_stripe_count = _bind(_librbd, "rbd_get_stripe_count", c_int, c_void_p, POINTER(c_uint64))
-_rbd_watchers_list = _bind(_librbd, "rbd_watchers_list", c_int, c_void_p, POINTER(_Watcher), POINTER(c_size_t))
-_rbd_watchers_list_cleanup = _bind(_librbd, "rbd_watchers_list_cleanup", c_int, POINTER(_Watcher), c_size_t)
-_rbd_diff_iterate2 = _bind(
+_OPEN = (c_void_p, c_char_p, HANDLE, c_char_p)
+_rbd_open_by_id_read_only = bind(_librbd, "rbd_open_by_id_read_only", c_int, *_OPEN)
+_rbd_open_read_only = bind(_librbd, "rbd_open_read_only", c_int, *_OPEN)
+_rbd_snap_set_by_id = bind(_librbd, "rbd_snap_set_by_id", c_int, c_void_p, c_uint64)
+_rbd_close = bind(_librbd, "rbd_close", c_int, c_void_p)
+_rbd_stat = bind(_librbd, "rbd_stat", c_int, c_void_p, POINTER(_ImageInfo), c_size_t)
+_rbd_get_features = bind(_librbd, "rbd_get_features", c_int, c_void_p, POINTER(c_uint64))
+_rbd_get_flags = bind(_librbd, "rbd_get_flags", c_int, c_void_p, POINTER(c_uint64))
+_rbd_get_stripe_unit = bind(_librbd, "rbd_get_stripe_unit", c_int, c_void_p, POINTER(c_uint64))
+_rbd_get_stripe_count = bind(_librbd, "rbd_get_stripe_count", c_int, c_void_p, POINTER(c_uint64))
+_rbd_watchers_list = bind(_librbd, "rbd_watchers_list", c_int, c_void_p, POINTER(_Watcher), POINTER(c_size_t))
+_rbd_watchers_list_cleanup = bind(_librbd, "rbd_watchers_list_cleanup", c_int, POINTER(_Watcher), c_size_t)
+_rbd_diff_iterate2 = bind(
     _librbd,
     "rbd_diff_iterate2",
     c_int,
     *(c_void_p, c_char_p, c_uint64, c_uint64, c_uint8, c_uint8, _DiffCallback, c_void_p),
 )
-_rbd_set_image_notification = _bind(_librbd, "rbd_set_image_notification", c_int, c_void_p, c_int, c_int)
+_rbd_set_image_notification = bind(_librbd, "rbd_set_image_notification", c_int, c_void_p, c_int, c_int)
 
 # Short calls. The buffer is a void pointer here, so that ctypes takes a bytes object as well as an address.
-_rbd_aio_create_completion = _bind(
+_rbd_aio_create_completion = bind(
     _librbd_short, "rbd_aio_create_completion", c_int, c_void_p, c_void_p, POINTER(_Completion)
 )
-_rbd_aio_read = _bind(_librbd_short, "rbd_aio_read", c_int, c_void_p, c_uint64, c_size_t, c_void_p, c_void_p)
-_rbd_poll_io_events = _bind(_librbd_short, "rbd_poll_io_events", c_int, c_void_p, POINTER(_Completion), c_int)
-_rbd_aio_get_return_value = _bind(_librbd_short, "rbd_aio_get_return_value", c_ssize_t, c_void_p)
-_rbd_aio_release = _bind(_librbd_short, "rbd_aio_release", None, c_void_p)
+_rbd_aio_read = bind(_librbd_short, "rbd_aio_read", c_int, c_void_p, c_uint64, c_size_t, c_void_p, c_void_p)
+_rbd_poll_io_events = bind(_librbd_short, "rbd_poll_io_events", c_int, c_void_p, POINTER(_Completion), c_int)
+_rbd_aio_get_return_value = bind(_librbd_short, "rbd_aio_get_return_value", c_ssize_t, c_void_p)
+_rbd_aio_release = bind(_librbd_short, "rbd_aio_release", None, c_void_p)
 
 
 def _address(name: str) -> int:
@@ -142,102 +105,6 @@ RAW_CALLS: tuple[int, int, int, int] = (
     _address("rbd_aio_release"),
 )
 """The addresses of these four, for callers in C, whose completions come by callbacks in a thread of librbd's."""
-
-
-def _check(result: int, what: str, error: type[RbdfsError] = RbdfsError) -> None:
-    if result < 0:
-        raise error(f"{what}: {reason_of(-result)}", -result)
-
-
-class Cluster:
-    """A connection of our own to the cluster: a `rados_t`."""
-
-    def __init__(self, handle: c_void_p) -> None:
-        self._handle = handle
-
-    def open_ioctx(self, pool_id: int, namespace: str = "") -> "Ioctx":
-        """An ioctx for a pool, by id. Waits for an OSD map if the pool is not in the one at hand."""
-        handle = c_void_p()
-        _check(_rados_ioctx_create2(self._handle, pool_id, byref(handle)), f"cannot use pool {pool_id}")
-        if namespace:
-            _rados_ioctx_set_namespace(handle, namespace.encode(errors="surrogateescape"))
-        return Ioctx(handle)
-
-    def shutdown(self) -> None:
-        """Disconnect. All ioctxs and images must be closed."""
-        _rados_shutdown(self._handle)
-
-
-def connect(
-    options: Mapping[str, str],
-    *,
-    conf_file: Path | None = None,
-    read_conf: bool = True,
-    cluster_name: str,
-    client_name: str,
-) -> Cluster:
-    """Connect: first `conf_file` is read (None: where Ceph looks by default), then the environment (CEPH_ARGS,
-    CEPH_KEYRING), then `options` are set. Without `read_conf` there is no file.
-
-    Blocks for up to the option `client_mount_timeout` (300 s by default) where no monitor answers.
-    """
-    handle = c_void_p()
-    result = _rados_create2(byref(handle), cluster_name.encode(), client_name.encode(), 0)
-    _check(result, "cannot create a cluster handle", ConnectError)
-    try:
-        if read_conf:
-            result = _rados_conf_read_file(handle, None if conf_file is None else os.fsencode(conf_file))
-            _check(result, f"cannot read {conf_file or 'a Ceph configuration file'}", ConnectError)
-        _check(_rados_conf_parse_env(handle, None), "cannot read CEPH_ARGS", ConnectError)
-        for name, value in options.items():
-            result = _rados_conf_set(handle, name.encode(), value.encode())
-            _check(result, f"Ceph does not accept {name}={value}", ConnectError)
-        _check(_rados_connect(handle), f"cannot connect as {client_name}", ConnectError)
-    except ConnectError:
-        _rados_shutdown(handle)
-        raise
-    return Cluster(handle)
-
-
-class Ioctx:
-    """A pool and a namespace in it: a `rados_ioctx_t`."""
-
-    def __init__(self, handle: c_void_p) -> None:
-        self._handle = handle
-
-    @property
-    def pointer(self) -> c_void_p:
-        """The `rados_ioctx_t`, for calls that are bound elsewhere; not after `destroy`."""
-        return self._handle
-
-    def open_image(
-        self, event_fd: int | None, image_id: str, *, snap_id: int | None = None, by_name: bool = False
-    ) -> "Image[Token]":
-        """Open an image at a snapshot or at HEAD, read-only; `by_name` takes its name for `image_id` (format 1).
-
-        `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not
-        check it: with a wrong one, completions are never announced. With None, completions are for callbacks only,
-        see `RAW_CALLS`. The image is not watched: one that is then removed
-        reads as zeros, without an error.
-        """
-        function = _rbd_open_read_only if by_name else _rbd_open_by_id_read_only
-        handle = c_void_p()
-        _check(function(self._handle, os.fsencode(image_id), byref(handle), None), f"cannot open image {image_id}")
-        try:
-            if snap_id is not None:
-                result = _rbd_snap_set_by_id(handle, snap_id)
-                _check(result, f"cannot open snapshot {snap_id} of image {image_id}")
-            if event_fd is not None:
-                result = _rbd_set_image_notification(handle, event_fd, _EVENT_TYPE_EVENTFD)
-                _check(result, f"cannot set the eventfd of image {image_id}")
-        except RbdfsError:
-            _rbd_close(handle)
-            raise
-        return Image(handle, image_id)
-
-    def destroy(self) -> None:
-        """Close. All images opened through it must be closed."""
-        _rados_ioctx_destroy(self._handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +199,7 @@ class Image(Generic[Token]):
             return []
         result = _rbd_close(handle)  # unregisters the watch, too
         completed = [self._end(completion) for completion in list(self._in_flight)]
-        _check(result, f"cannot close image {self._name}")
+        check(result, f"cannot close image {self._name}")
         return completed
 
     def flags(self) -> int:
@@ -346,7 +213,7 @@ class Image(Generic[Token]):
         """Size, layout, features and flags; blocking, as `flags`."""
         stat = _ImageInfo()
         result = _rbd_stat(self._handle, byref(stat), ctypes.sizeof(stat))
-        _check(result, f"cannot stat image {self._name}")
+        check(result, f"cannot stat image {self._name}")
         return ImageInfo(
             size=stat.size,
             order=stat.order,
@@ -365,7 +232,7 @@ class Image(Generic[Token]):
             result = _rbd_watchers_list(self._handle, found, byref(count))
             if result != -errno.ERANGE:  # else `count` is now how many there are
                 break
-        _check(result, f"cannot list who watches image {self._name}")
+        check(result, f"cannot list who watches image {self._name}")
         clients = frozenset(watcher.id for watcher in found[: count.value])
         _rbd_watchers_list_cleanup(found, count)
         return clients
@@ -399,11 +266,36 @@ class Image(Generic[Token]):
             _DiffCallback(collect),
             None,
         )
-        _check(result, f"cannot list the extents of image {self._name}")
+        check(result, f"cannot list the extents of image {self._name}")
         found.sort()
         return found
 
     def _get(self, function: Callable[..., Any], what: str) -> int:
         value = c_uint64()
-        _check(function(self._handle, byref(value)), f"cannot get {what} of image {self._name}")
+        check(function(self._handle, byref(value)), f"cannot get {what} of image {self._name}")
         return value.value
+
+
+def open_image(
+    ioctx: Ioctx, event_fd: int | None, image_id: str, *, snap_id: int | None = None, by_name: bool = False
+) -> Image[Token]:
+    """Open an image at a snapshot or at HEAD, read-only; `by_name` takes its name for `image_id` (format 1).
+
+    `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not check
+    it: with a wrong one, completions are never announced. With None they are for callbacks only, see `RAW_CALLS`. The
+    image is not watched: one that is then removed reads as zeros, without an error.
+    """
+    function = _rbd_open_read_only if by_name else _rbd_open_by_id_read_only
+    handle = c_void_p()
+    check(function(ioctx.pointer, os.fsencode(image_id), byref(handle), None), f"cannot open image {image_id}")
+    try:
+        if snap_id is not None:
+            result = _rbd_snap_set_by_id(handle, snap_id)
+            check(result, f"cannot open snapshot {snap_id} of image {image_id}")
+        if event_fd is not None:
+            result = _rbd_set_image_notification(handle, event_fd, _EVENT_TYPE_EVENTFD)
+            check(result, f"cannot set the eventfd of image {image_id}")
+    except RbdfsError:
+        _rbd_close(handle)
+        raise
+    return Image(handle, image_id)

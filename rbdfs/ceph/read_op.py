@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache, partial
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import trio
 
-from rbdfs.ceph import librbd
+from rbdfs.ceph import librados
 from rbdfs.ceph.aio import Answer, Handover
 from rbdfs.ceph.encoding import NANOSECONDS
 from rbdfs.ceph.errors import reason_of
@@ -48,14 +48,8 @@ _SIZE: Final = ctypes.sizeof(_CallResult)
 
 _Callback = CFUNCTYPE(None, c_void_p, c_void_p)
 _NO_CALLBACK: Final = _Callback()
-_short = ctypes.PyDLL("librados.so.2")  # none of these waits for the cluster; see librbd.py for why they keep the GIL
-
-
-def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    function = _short[name]
-    function.restype, function.argtypes = result, arguments
-    return function
-
+# None of these waits for the cluster; see librbd.py for why they keep the GIL.
+_bind = partial(librados.bind, librados.load("librados.so.2", ctypes.PyDLL))
 
 _create_read_op = _bind("rados_create_read_op", c_void_p)
 _release_read_op = _bind("rados_release_read_op", None, c_void_p)
@@ -78,8 +72,7 @@ _release = _bind("rados_aio_release", None, c_void_p)
 _is_complete = _bind("rados_aio_is_complete", c_int, c_void_p)
 _buffer_free = _bind("rados_buffer_free", None, c_void_p)
 
-_wait_for_complete = ctypes.CDLL("librados.so.2")["rados_aio_wait_for_complete"]  # releases the GIL
-_wait_for_complete.argtypes = (c_void_p,)
+_wait_for_complete = librados.bind(librados.load("librados.so.2"), "rados_aio_wait_for_complete", c_int, c_void_p)
 
 
 class Call(NamedTuple):
@@ -93,7 +86,7 @@ class Call(NamedTuple):
 class Request(NamedTuple):
     """What to ask one object."""
 
-    ioctx: librbd.Ioctx
+    ioctx: librados.Ioctx
     object_name: str
     calls: Sequence[Call] = ()
     keys: tuple[bytes, ...] = ()
