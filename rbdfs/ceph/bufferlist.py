@@ -68,7 +68,7 @@ class Bufferlist:
         if address is None:
             return -errno.EIO, b""
         data = _array(self.length).from_address(address)
-        data.bufferlist = self  # type: ignore[attr-defined]
+        data.bufferlist = self  # type: ignore[attr-defined]  # an instance takes any
         return result, data
 
 

@@ -55,4 +55,4 @@ def keep_freed_memory() -> None:
     given = os.environ.get("GLIBC_TUNABLES", "")
     if _MALLOC_SETTINGS not in given and sys.executable:
         os.environ["GLIBC_TUNABLES"] = f"{_MALLOC_SETTINGS}:{given}".rstrip(":")  # what comes last holds
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (what runs already)

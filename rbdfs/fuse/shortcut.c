@@ -91,25 +91,26 @@ void rbdfs_open_shortcut(struct shortcut *shortcut, double seconds)
 	pthread_mutex_unlock(&lock);
 }
 
-uint64_t rbdfs_in_flight(struct shortcut *shortcut)
+static uint64_t count(const uint64_t *counter)
 {
-	uint64_t count;
+	uint64_t value;
 
 	pthread_mutex_lock(&lock);
-	count = shortcut->in_flight;
+	value = *counter;
 	pthread_mutex_unlock(&lock);
-	return count;
+	return value;
+}
+
+/* Reads that librbd has not answered yet. */
+uint64_t rbdfs_in_flight(const struct shortcut *shortcut)
+{
+	return count(&shortcut->in_flight);
 }
 
 /* Reads that were answered without Python so far. */
-uint64_t rbdfs_answered(struct shortcut *shortcut)
+uint64_t rbdfs_answered(const struct shortcut *shortcut)
 {
-	uint64_t count;
-
-	pthread_mutex_lock(&lock);
-	count = shortcut->answered;
-	pthread_mutex_unlock(&lock);
-	return count;
+	return count(&shortcut->answered);
 }
 
 static struct file **place_of(uint64_t fh)
