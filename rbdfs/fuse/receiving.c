@@ -21,6 +21,12 @@ struct kept {
 	char request[];
 };
 
+/* Newer libfuses write into fields of a fuse_buf that the headers of this build may not have (3.17: mem_size). */
+struct buffer {
+	struct fuse_buf buf;
+	char fields_to_come[64];
+};
+
 static struct {
 	struct fuse_session *session;
 	int kernel, gate, ours;
@@ -28,8 +34,8 @@ static struct {
 	int is_ours;                              /* rbdfs receives */
 	int has_thread;
 	pthread_t thread;
-	struct fuse_buf buf; /* of the main thread */
-	pthread_mutex_t lock; /* for all below: */
+	struct buffer received; /* by the main thread */
+	pthread_mutex_t lock;   /* for all below: */
 	struct kept *kept, **last_kept;
 	struct read *handed, **last_handed;
 	int has_ended, ended; /* what the kernel said in the end */
@@ -228,7 +234,7 @@ int rbdfs_receive(void)
 	struct read *read = take_handed();
 
 	if (!read)
-		return in.has_ended ? -1 : in.has_thread ? 0 : receive(&in.buf);
+		return in.has_ended ? -1 : in.has_thread ? 0 : receive(&in.received.buf);
 	if (read->has_arrived)
 		on_arrived(read->req, read->inode, read->fh, read->offset, read->size, read->result, read->data);
 	else
@@ -240,15 +246,15 @@ int rbdfs_receive(void)
 static void *receive_until_stopped(void *unused)
 {
 	struct pollfd waits[] = { { .fd = in.kernel, .events = POLLIN }, { .fd = in.stop_event, .events = POLLIN } };
-	struct fuse_buf buf = { 0 };
+	struct buffer buffer = { 0 };
 	int received;
 
 	(void)unused;
 	in_thread = 1;
-	while ((received = receive(&buf)) >= 0)
+	while ((received = receive(&buffer.buf)) >= 0)
 		if (!received && poll(waits, 2, -1) > 0 && waits[1].revents)
 			break;
-	free(buf.mem);
+	free(buffer.buf.mem);
 	return NULL;
 }
 
