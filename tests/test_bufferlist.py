@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import trio
 
 from rbdfs.catalog import Namespace
 from rbdfs.ceph import bufferlist
+from rbdfs.ceph.aio import Answer
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.image import CephImage
@@ -46,16 +46,9 @@ async def opened(ceph: Ceph, name: str) -> AsyncIterator[CephImage]:
 
 async def read(image: CephImage, offset: int, length: int) -> Data:
     """One read, which must succeed."""
-    results: list[ReadResult] = []
-    done = trio.Event()
-
-    def oncomplete(result: ReadResult) -> None:
-        results.append(result)
-        done.set()
-
-    image.aio_read(offset, length, oncomplete)
-    await done.wait()
-    result = results.pop()
+    answer: Answer[ReadResult] = Answer()
+    image.aio_read(offset, length, answer.give)
+    result = await answer.get()
     assert not isinstance(result, RbdfsError), result
     return result
 

@@ -11,7 +11,7 @@ import trio
 
 import rbdfs.ceph.cluster
 from rbdfs.catalog import Namespace
-from rbdfs.ceph.aio import ReadHandle
+from rbdfs.ceph.aio import Answer, ReadHandle
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.image import CephImage
@@ -89,16 +89,9 @@ async def read(source: ImageSource, offset: int, length: int) -> ReadResult:
 
 async def settle(source: ImageSource, offset: int, length: int, result: int, data: bytes) -> ReadResult:
     """The same for a read that was made without Python."""
-    results: list[ReadResult] = []
-    done = trio.Event()
-
-    def oncomplete(result: ReadResult) -> None:
-        results.append(result)
-        done.set()
-
-    source.settle(offset, length, result, data, oncomplete)
-    await done.wait()
-    return results[0]
+    answer: Answer[ReadResult] = Answer()
+    source.settle(offset, length, result, data, answer.give)
+    return await answer.get()
 
 
 def as_bytes(result: ReadResult) -> bytes:

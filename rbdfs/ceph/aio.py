@@ -148,6 +148,7 @@ class EventImage:
                 self._deliver(self._image.drain())
 
     def _deliver(self, completed: list[tuple[Deliver, int, Data]]) -> None:
+        # In a frame of its own: that of a task that waits would hold on to the last data.
         for deliver, result, data in completed:
             try:
                 deliver(result, data)

@@ -46,8 +46,8 @@ SNAPSHOT_SECONDS = 0.02
 """How long after a look at a snapshot its data is surely there: after `rbd snap rm` has marked it, the monitors gather
 for 50 ms (paxos_min_wait) before they tell the OSDs to remove anything."""
 
-# The argument of cls_lock's get_info, encoded: version 1, compatible with 1, length, the name of librbd's managed lock.
-GET_LOCK_INFO = struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + encode_string("rbd_lock")
+# Of librbd's managed lock. The argument of cls_lock's get_info: version 1, compatible with 1, length, the lock's name.
+GET_LOCK = Call(b"get_info", struct.pack("<BBI", 1, 1, 4 + len("rbd_lock")) + encode_string("rbd_lock"), b"lock")
 
 
 class Seen(NamedTuple):
@@ -94,8 +94,8 @@ class HeadLook:
         head = struct.pack("<Q", header.HEAD)
         calls = (
             Call(b"get_size", head),
-            Call(b"get_features", head + b"\1"),
-            Call(b"get_info", GET_LOCK_INFO, b"lock"),
+            header.GET_FEATURES,
+            GET_LOCK,
         )
         name = Call(b"dir_get_name", encode_string(image.id))
         self._requests = (Request(ioctx, header.object_of(image), calls), Request(ioctx, DIRECTORY, (name,)))
@@ -139,7 +139,7 @@ class SnapshotLook:
         self._is_migrating = features & rbd.RBD_FEATURE_MIGRATING
         calls = (
             Call(b"snapshot_get", struct.pack("<Q", header.snapshot_id_of(image))),
-            Call(b"get_features", struct.pack("<QB", header.HEAD, 1)),
+            header.GET_FEATURES,
         )
         self._request = Request(ioctx, header.object_of(image), calls)
 

@@ -24,6 +24,9 @@ from rbdfs.errors import RbdfsError
 HEAD: Final = 2**64 - 2
 """The snapshot id of what is no snapshot (CEPH_NOSNAP)."""
 
+GET_FEATURES: Final = Call(b"get_features", struct.pack("<QB", HEAD, 1))
+"""The features of an image, asked by one who only reads."""
+
 USER_SNAPSHOT: Final = 0
 """The namespace of a snapshot that a user made (`SNAPSHOT_NAMESPACE_TYPE_USER`)."""
 

@@ -15,7 +15,7 @@ from rbdfs.catalog import ImageRef
 from rbdfs.ceph import header, librados
 from rbdfs.ceph.aio import Handover, ReadHandle
 from rbdfs.ceph.changes import (
-    GET_LOCK_INFO,
+    GET_LOCK,
     SNAPSHOT_SECONDS,
     Format1Look,
     HeadLook,
@@ -143,7 +143,7 @@ class CephImage:
         if self._image.format == 1:
             return None
         calls = (
-            Call(b"get_features", struct.pack("<QB", header.HEAD, 1)),
+            header.GET_FEATURES,
             Call(b"parent_overlap_get", struct.pack("<Q", header.snapshot_id_of(self._image))),
         )
         reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, calls))
@@ -381,8 +381,8 @@ class CephImage:
         if self._image.format == 1:
             return None
         calls = (
-            Call(b"get_features", struct.pack("<QB", header.HEAD, 1)),
-            Call(b"get_info", GET_LOCK_INFO, b"lock"),
+            header.GET_FEATURES,
+            GET_LOCK,
         )
         # One message: the version is of the moment when nobody held the lock.
         reply = await self._asks.operations.ask(Request(self._asks.ioctx, self._header, calls))

@@ -290,23 +290,21 @@ class _Reads:
     @_not_interrupted
     def begin(self, address: int, inode: int, handle: int, offset: int, length: int) -> None:
         """Called by libfuse, in the trio thread, with the GIL."""
-        request = ReadRequest(self, address, handle, offset, length)
-        self._waiting.add(request)
-        try:
-            self._handler(request)
-        except Exception:
-            log.exception("inode %d: a read at %d failed unexpectedly", inode, offset)
-            request.fail(errno.EIO)
+        self._take(ReadRequest(self, address, handle, offset, length), inode, self._handler)
 
     @_not_interrupted
     def arrived(self, address: int, inode: int, handle: int, offset: int, length: int, result: int, data: int) -> None:
         """The same for what has arrived from librbd but could not be answered there."""
+        content = ctypes.string_at(data, max(result, 0))
         request = ReadRequest(self, address, handle, offset, length)
+        self._take(request, inode, lambda request: self._on_arrived(request, result, content))
+
+    def _take(self, request: ReadRequest, inode: int, handler: ReadHandler) -> None:
         self._waiting.add(request)
         try:
-            self._on_arrived(request, result, ctypes.string_at(data, max(result, 0)))
+            handler(request)
         except Exception:
-            log.exception("inode %d: a read at %d failed unexpectedly", inode, offset)
+            log.exception("inode %d: a read at %d failed unexpectedly", inode, request.offset)
             request.fail(errno.EIO)
 
     def spawn(
