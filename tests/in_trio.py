@@ -1,13 +1,19 @@
-"""Tests that are coroutines."""
+"""Tests that are coroutines, and how they wait for what is answered by a callback."""
 
 import functools
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import trio
 
+from rbdfs.errors import RbdfsError
+from rbdfs.image.backend import Buffer, OnRead
+from rbdfs.image.holes import Kind
+from rbdfs.image.open_image import OpenImage
+
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def in_trio(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
@@ -18,3 +24,38 @@ def in_trio(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
         trio.run(partial(test, *args, **kwargs))
 
     return run
+
+
+class Reader(Protocol):
+    """What bytes can be read from: an open image, or a backend."""
+
+    def start_read(self, offset: int, length: int, callback: OnRead) -> None:
+        """See `OpenImage.start_read`."""
+
+
+async def read(reader: Reader, offset: int, length: int) -> Buffer:
+    """One read, waited for. Raises its error."""
+    return await answer(partial(reader.start_read, offset, length))
+
+
+async def seek(image: OpenImage, offset: int, kind: Kind) -> int | None:
+    """One seek, waited for. Raises its error."""
+    return await answer(partial(image.start_seek, offset, kind))
+
+
+async def answer(start: Callable[[Callable[[T | RbdfsError], None]], None]) -> T:
+    """What the callback is given that `start` is called with, which must be called once. Raises it if it is an error."""
+    answers: list[T | RbdfsError] = []
+    answered = trio.Event()
+
+    def callback(result: T | RbdfsError) -> None:
+        answers.append(result)
+        answered.set()
+
+    start(callback)
+    await answered.wait()
+    assert len(answers) == 1
+    result = answers[0]
+    if isinstance(result, RbdfsError):
+        raise result
+    return result

@@ -10,10 +10,10 @@ import trio
 import trio.testing
 
 from rbdfs.errors import BeyondEndError, ReadError, StaleError, TargetError
+from rbdfs.image.backend import Buffer
 from rbdfs.image.copy import LANDED_AT_ONCE, WRITES_AT_ONCE, Copy, CopyOptions
-from rbdfs.image.source import Buffer
 from tests.ceph import MIB, random_bytes
-from tests.fake_source import FakeSource
+from tests.fake_backend import FakeBackend
 from tests.in_trio import in_trio
 
 HOLED = random_bytes(9 * MIB) + bytes(7 * MIB) + random_bytes(5 * MIB, seed=2) + bytes(3 * MIB) + b"end"
@@ -63,9 +63,9 @@ class MemoryTarget:
         self.skipped.append((offset, length))
 
 
-def source_of(content: bytes, object_size: int = MIB) -> FakeSource:
+def source_of(content: bytes, object_size: int = MIB) -> FakeBackend:
     """An image with this content."""
-    return FakeSource(bytearray(content), object_size)
+    return FakeBackend(bytearray(content), object_size)
 
 
 @pytest.mark.parametrize("object_size", [1 << 16, MIB, 8 * MIB])

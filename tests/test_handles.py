@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph.aio import Deliver
+from rbdfs.ceph.aio import LibrbdImage
 from rbdfs.ceph.handles import KEPT_AT_MOST, KEPT_SECONDS, Handles
 from rbdfs.ceph.librbd import ImageInfo
 from rbdfs.errors import RbdfsError
@@ -18,10 +18,11 @@ from tests.in_trio import in_trio
 INFO = ImageInfo(1 << 30, 22, 1 << 22, 1, 61, 0, "rbd_data.1")
 
 
-class FakeHandle:
+class FakeHandle(LibrbdImage):
     """An image that is open; it can be told to take its time to close, or to fail at it."""
 
     def __init__(self) -> None:
+        self.info = lambda: INFO
         self.starts = 0
         self.closed = False
         self.may_close = trio.Event()
@@ -29,31 +30,11 @@ class FakeHandle:
         self.error: RbdfsError | None = None
 
     def start(self) -> None:
-        """See `ReadHandle.start`."""
+        """See `LibrbdImage.start`."""
         self.starts += 1
 
-    def aio_read(self, offset: int, length: int, deliver: Deliver) -> None:
-        """See `ReadHandle.aio_read`."""
-        raise NotImplementedError
-
-    def info(self) -> ImageInfo:
-        """See `ReadHandle.info`."""
-        return INFO
-
-    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """See `ReadHandle.extents`."""
-        raise NotImplementedError
-
-    def watchers(self) -> frozenset[int]:
-        """See `ReadHandle.watchers`."""
-        raise NotImplementedError
-
-    def open_raw(self) -> None:
-        """See `ReadHandle.open_raw`."""
-        raise NotImplementedError
-
     async def aclose(self) -> None:
-        """See `ReadHandle.aclose`."""
+        """See `LibrbdImage.aclose`."""
         assert not self.closed, "closed twice"
         await self.may_close.wait()
         self.closed = True

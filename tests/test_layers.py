@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rbdfs"
 
-NOUNS = {"errors", "spec", "catalog", "shortcut", "threads"}
+NOUNS = {"errors", "spec", "catalog", "threads"}
 MAY_IMPORT = {
     "cli": {"cli", "commands", "fuse", "ceph", "devcluster", *NOUNS},
     "commands": {"commands", "fuse", "image", "target", "ceph", "devcluster", *NOUNS},
@@ -15,13 +15,12 @@ MAY_IMPORT = {
     "ceph": {"ceph", *NOUNS},
     "devcluster": {"devcluster", *NOUNS},
     "catalog": set(),
-    "shortcut": set(),
     "spec": {"errors"},
     "threads": set(),
     "errors": set(),
 }
 ONLY_IN = {"pyfuse3": {"fuse"}, "rados": {"ceph"}, "rbd": {"ceph"}, "argparse": {"cli"}}
-PURE = ("image/striper.py", "image/readahead.py", "image/throttle.py")
+PURE = ("fuse/protocol.py", "image/holes.py", "image/striper.py", "image/readahead.py", "image/throttle.py")
 IMPURE = {"trio", "os", "socket", "subprocess", "threading", "time"}
 
 

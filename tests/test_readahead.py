@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from rbdfs.image.readahead import SCATTERED_READS, SKIP_BYTES_MAX, STREAMS, WINDOW_BYTES, Readahead
+from rbdfs.image.readahead import RANDOM_READS, SKIP_BYTES_MAX, STREAMS, WINDOW_BYTES, Readahead
 from rbdfs.image.striper import MIB
 
 KIB = 1024
@@ -59,13 +59,13 @@ def test_small_random_reads_are_not_read_ahead_for(size: int) -> None:
 
 def test_a_random_reader_is_known_by_reads_that_are_near_no_other() -> None:
     readahead, chance = Readahead(4 * MIB), random.Random(7)
-    for _ in range(SCATTERED_READS):
-        assert not readahead.is_scattered
+    for _ in range(RANDOM_READS):
+        assert not readahead.is_random
         readahead.on_read(chance.randrange(SIZE // 4096) * 4096, 4096, SIZE, lambda: SIZE)
-    assert readahead.is_scattered
+    assert readahead.is_random
     readahead.on_read(SIZE // 2, 4096, SIZE, lambda: SIZE)
     readahead.on_read(SIZE // 2 + 4096, 4096, SIZE, lambda: SIZE)
-    assert not readahead.is_scattered
+    assert not readahead.is_random
 
 
 def test_a_reader_that_goes_backwards_is_not_read_ahead_for() -> None:

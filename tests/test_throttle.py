@@ -1,7 +1,5 @@
 """What may be in flight, and who goes first."""
 
-from functools import partial
-
 from rbdfs.image.throttle import Throttle
 
 
@@ -13,7 +11,7 @@ class Work:
         self.started: list[str] = []
 
     def submit(self, name: str, nbytes: int = 1, *, urgent: bool = False) -> None:
-        self.throttle.submit(name, nbytes, partial(self.started.append, name), urgent=urgent)
+        self.throttle.submit(name, nbytes, self.started.append, urgent=urgent)
 
 
 def test_what_fits_starts_at_once_and_the_rest_as_others_end() -> None:
@@ -55,7 +53,7 @@ def test_what_is_hurried_is_waited_for() -> None:
     work = Work(max_ops=1, max_bytes=100)
     for name in ("first", "ahead", "further"):
         work.submit(name)
-    work.throttle.hurry("further")
+    work.throttle.promote("further")
     work.throttle.done(1)
     assert work.started == ["first", "further"]
 
@@ -64,7 +62,7 @@ def test_what_is_withdrawn_is_never_started() -> None:
     work = Work(max_ops=1, max_bytes=100)
     work.submit("first")
     work.submit("ahead")
-    assert work.throttle.withdraw("ahead")
-    assert not work.throttle.withdraw("first")
+    assert work.throttle.cancel("ahead")
+    assert not work.throttle.cancel("first")
     work.throttle.done(1)
     assert work.started == ["first"]

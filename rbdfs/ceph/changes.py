@@ -197,10 +197,10 @@ OnLooked = Callable[[int | RbdfsError], None]
 class Looks:
     """Looks at an image, one at a time: all who ask while one is under way share the next."""
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, look: Look, on_stale: Callable[[], None]) -> None:
+        """`on_stale` is called as soon as the image is known to be gone."""
         self.look = look
-        self.latest = trio.current_time()
-        """When the last one began."""
+        self._on_stale = on_stale
         self.in_place = -math.inf
         """When the last one began that found the image in its place."""
         self.stale: StaleError | None = None
@@ -213,6 +213,11 @@ class Looks:
     async def begin(self) -> None:
         """Who writes to the image now writes to it as well when it is read. Raises what a look raises."""
         self._known = (await self.look()).writers
+
+    def mark_stale(self, error: StaleError) -> None:
+        """The image was found to be gone."""
+        self.stale = error
+        self._on_stale()
 
     def ask(self, oncomplete: OnLooked) -> None:
         """Look at the image, and call `oncomplete` later, in the trio thread."""
@@ -242,7 +247,7 @@ class Looks:
                 log.exception("a look at an image failed")
                 answer = RbdfsError(f"cannot look at an image: {error}")
             if isinstance(answer, StaleError):
-                self.stale = answer
+                self.mark_stale(answer)
             for oncomplete in asked:
                 oncomplete(answer)
         self._is_looking = False
@@ -253,7 +258,7 @@ class Looks:
         while True:
             began = trio.current_time()
             seen = await self.look()
-            self.latest = self.in_place = began
+            self.in_place = began
             if self._known is None:
                 self._known = seen.writers
             strangers = seen.writers - self._known

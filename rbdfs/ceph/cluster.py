@@ -12,15 +12,8 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import allocation, bufferlist, clients, directory, header, librados, placement
-from rbdfs.ceph.aio import (
-    Answer,
-    CallbackImage,
-    EventImage,
-    Handover,
-    ReadHandle,
-    open_in_librbd,
-)
+from rbdfs.ceph import allocation, clients, directory, header, librados, placement
+from rbdfs.ceph.aio import Answer, Handover, LibrbdImage, open_in_librbd
 from rbdfs.ceph.attributes import AttributeReader
 from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
 from rbdfs.ceph.errors import translated
@@ -52,7 +45,6 @@ class Cluster:
         self._ioctxs: dict[Namespace, rados.Ioctx] = {}
         self._reads: librados.Cluster
         self._read_ioctxs: dict[Namespace, librados.Ioctx] = {}
-        self._by_events = True
         self._operations = ReadOperations(handover)
         self._handles = Handles(self._open_handle)
         self._facts = FactsReader(self._operations, self._read_ioctx)
@@ -68,9 +60,6 @@ class Cluster:
         """
         client = await in_thread(connect, options)
         cluster = cls(client, options.name, Handover(), frozenset(only_pools))
-        cluster._by_events = options.events
-        if (reason := bufferlist.unavailable()) is not None:
-            log.info("large reads cost one copy more: %s", reason)
         try:
             cluster._reads = await in_thread_to_its_end(connect_for_reads, client, options)
             with trio.move_on_after(options.connect_timeout) as waiting:
@@ -217,11 +206,9 @@ class Cluster:
                 errno.EIO,
             ) from error
 
-    def _open_handle(self, image: ImageRef) -> ReadHandle:
+    def _open_handle(self, image: ImageRef) -> LibrbdImage:
         """Blocks; raises RbdfsError."""
-        if self._by_events:
-            return EventImage(self._read_ioctx(image.namespace), image)
-        return CallbackImage(self._ioctx(image.namespace), image, self._handover)
+        return LibrbdImage(self._read_ioctx(image.namespace), image)
 
     def _open_to_ask(self, image: ImageRef) -> rbd.Image:
         """Blocks; raises rbd's errors."""

@@ -32,8 +32,6 @@ class ClusterOptions:
     """Seconds until an unreachable cluster is given up."""
     osd_timeout: int = 120
     """Seconds until an operation that no OSD answers fails with ETIMEDOUT; 0 waits for ever."""
-    events: bool = True
-    """Whether image data comes by librbd's event API; else by callbacks."""
 
 
 def connect(options: ClusterOptions) -> rados.Rados:

@@ -14,7 +14,7 @@ import trio
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import librbd
-from rbdfs.ceph.aio import ReadHandle
+from rbdfs.ceph.aio import LibrbdImage
 from rbdfs.errors import RbdfsError
 from rbdfs.threads import in_thread_to_its_end
 
@@ -31,7 +31,7 @@ who reads a pool, one image after the other, is not to keep all of it open."""
 class Opened(NamedTuple):
     """An image that is open in librbd."""
 
-    handle: ReadHandle
+    handle: LibrbdImage
     info: librbd.ImageInfo
     version: int | None
     """Of its header object, from before it was opened: while the header has it, librbd would open the same again. None
@@ -46,7 +46,7 @@ class _Kept(NamedTuple):
 class Handles:
     """Opens images in librbd, and closes them, some of them later."""
 
-    def __init__(self, open_handle: Callable[[ImageRef], ReadHandle]) -> None:
+    def __init__(self, open_handle: Callable[[ImageRef], LibrbdImage]) -> None:
         """`open_handle` blocks, and raises RbdfsError."""
         self._open_handle = open_handle
         self._kept: dict[ImageRef, _Kept] = {}  # the first is the first to be closed
@@ -81,7 +81,7 @@ class Handles:
             first = next(iter(self._kept))
             await self.close(first, self._kept.pop(first).opened.handle)
 
-    async def close(self, image: ImageRef, handle: ReadHandle) -> None:
+    async def close(self, image: ImageRef, handle: LibrbdImage) -> None:
         """Close what `open` gave. No read may be in flight. A cancel waits for it; does not raise."""
         with trio.CancelScope(shield=True):
             try:

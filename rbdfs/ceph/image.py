@@ -13,7 +13,7 @@ import trio
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph import header, librados
-from rbdfs.ceph.aio import Handover, ReadHandle
+from rbdfs.ceph.aio import Handover, LibrbdImage
 from rbdfs.ceph.changes import (
     GET_LOCK,
     SNAPSHOT_SECONDS,
@@ -25,13 +25,10 @@ from rbdfs.ceph.changes import (
     locked_by,
 )
 from rbdfs.ceph.errors import reason_of, translated
-from rbdfs.ceph.handles import Handles
+from rbdfs.ceph.handles import Handles, Opened
 from rbdfs.ceph.header_watch import HeaderWatch
-from rbdfs.ceph.memory import Data
-from rbdfs.ceph.raw import RawReads
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
-from rbdfs.shortcut import RawImage, Shortcut
 from rbdfs.spec import ImageSpec
 from rbdfs.threads import in_thread
 
@@ -40,15 +37,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-OnComplete = Callable[[Data | RbdfsError], None]
+OnRead = Callable[[bytes | RbdfsError], None]
+"""As the image's side has it (rbdfs/image/backend.py)."""
 
 _MAP_INVALID = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 
 OBJECTS_ASKED_AT_ONCE = 256
 """Of an image without a fast-diff map: what SEEK_DATA waits for, some 10 ms at 0.3 ms a round trip."""
 
-POLL_SECONDS = 1.0
-"""How often an image is looked at while it is read, so that who reads from caches hears of its removal, too."""
+REVALIDATE_SECONDS = 1.0
+"""How often an image is looked at while it is read, so that readers served from the cache also learn that it was
+removed."""
 
 SNAPSHOT_VERSION = 0
 """The write version of what nobody writes to."""
@@ -62,7 +61,7 @@ class Asks(NamedTuple):
 
 
 class CephImage:
-    """An image or a snapshot that is open in librbd: an `ImageSource` (rbdfs/image/source.py).
+    """An image or a snapshot that is open in librbd: an `ImageBackend` (rbdfs/image/backend.py).
 
     It is open read-only, always: open as for writing, librbd takes the exclusive lock to list extents, and of an image
     with a journal even to read, away from the VM that writes to it. Read-only, librbd hears of nothing that others do,
@@ -73,7 +72,8 @@ class CephImage:
     def __init__(self, spec: ImageSpec, image: ImageRef, asks: Asks, handover: Handover, handles: Handles) -> None:
         """`open` does this, and opens the image."""
         self.spec = spec
-        self.is_constant = image.snapshot_id is not None
+        self.is_snapshot = image.snapshot_id is not None
+        self.revalidate_due = False
         self.watch: HeaderWatch | None = None
         self._image = image
         self._header = header.object_of(image)
@@ -81,10 +81,9 @@ class CephImage:
         self._handover = handover
         self._handles = handles
         self._features = 0
-        self._raw = RawReads(spec)
         self._is_clone = False
-        self._in_flight: dict[ReadHandle, int] = {}
-        self._one_is_idle = trio.Event()
+        self._handle: LibrbdImage
+        self._opened: Opened | None = None
         self._resizing = trio.Lock()
 
     @classmethod
@@ -114,7 +113,7 @@ class CephImage:
         version = await self._ask_header()
         failure: RbdfsError | None = None
         async with trio.open_nursery() as nursery:
-            if not self.is_constant:
+            if not self.is_snapshot:
                 nursery.start_soon(self._begin_to_watch, ioctx)
             try:
                 await self._open(version)
@@ -127,9 +126,9 @@ class CephImage:
         self.watch = await HeaderWatch.begin(self.spec, ioctx, self._header, self._handover)
 
     async def _undo(self) -> None:
-        for handle in list(self._in_flight):
-            await self._until_idle(handle)
-            await self._handles.close(self._image, handle)
+        if self._opened is not None:
+            await self._handle.wait_until_idle()
+            await self._handles.close(self._image, self._handle)
         if self.watch is not None:
             await self.watch.aclose()
 
@@ -159,7 +158,6 @@ class CephImage:
         except RbdfsError as error:
             raise RbdfsError(f"cannot open {self.spec}: {error}{await self._hint(error)}", error.errno) from error
         self._handle, info, _ = self._opened
-        self._in_flight[self._handle] = 0
         self.size = info.size
         self.object_size = 1 << info.order
         self.stripe_unit = info.stripe_unit
@@ -186,135 +184,110 @@ class CephImage:
         look: Look
         if self._image.format == 1:
             look = Format1Look(self.spec, self._image, operations, ioctx, self._watchers)
-        elif self.is_constant:
+        elif self.is_snapshot:
             look = SnapshotLook(self.spec, self._image, operations, ioctx, size=self.size, features=self._features)
         else:
             look = HeadLook(self.spec, self._image, operations, ioctx, self._watchers, features=self._features)
-        self._looks = Looks(look)
+        self._looks = Looks(look, self._set_revalidate_due)
         await self._looks.begin()
+        trio.lowlevel.spawn_system_task(self._revalidate_later)
 
     async def _watchers(self) -> frozenset[int]:
         return await self._blocking(self._handle.watchers)
 
-    def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
-        """See `ImageSource.aio_read`."""
-        handle = self._handle
-        self._in_flight[handle] += 1
-        handle.aio_read(offset, length, partial(self._finish, handle, offset, length, oncomplete))
+    def start_read(self, offset: int, length: int, callback: OnRead) -> None:
+        """See `ImageBackend.start_read`."""
+        try:
+            self._handle.start_read(offset, length, partial(self._finish_read, offset, length, callback))
+        except ValueError:  # closed by now
+            callback(StaleError(f"cannot read {self.spec} at {offset}: it was closed; open it again"))
 
-    def settle(self, offset: int, length: int, result: int, data: bytes, oncomplete: OnComplete) -> None:
-        """See `ImageSource.settle`."""
-        handle = self._handle
-        self._in_flight[handle] += 1
-        self._finish(handle, offset, length, oncomplete, result, data)
-
-    async def shorten(self, make: Callable[[RawImage], Shortcut]) -> Shortcut | None:
-        """See `ImageSource.shorten`."""
-        is_striped = (self.stripe_unit, self.stripe_count) != (self.object_size, 1)
-        if is_striped or (self._is_clone and not self.is_constant):
-            return None
-        shortcut = await self._raw.begin(self._handle, make, is_constant=self.is_constant)
-        self._open_shortcut()
-        return shortcut
-
-    def _open_shortcut(self) -> None:
-        """For as long as what was seen of the image holds."""
-        looks = self._looks
-        until = looks.in_place + SNAPSHOT_SECONDS if self.is_constant else looks.latest + POLL_SECONDS
-        self._raw.open(0.0 if looks.stale is not None else until - trio.current_time())
-
-    def _finish(
-        self, handle: ReadHandle, offset: int, length: int, oncomplete: OnComplete, result: int, data: Data
-    ) -> None:
-        if result == length:
-            if self._is_in_doubt(offset, data):
-                self._looks.ask(partial(self._finish_if_in_place, handle, offset, oncomplete, data))
+    def _finish_read(self, offset: int, length: int, callback: OnRead, result: int, data: bytes) -> None:
+        """librbd has answered: these bytes are the image's, or may be what is left of one that was removed."""
+        if result != length:
+            what = f"cannot read {self.spec} at {offset} (+{length})"
+            if result >= 0 or result == -errno.EINVAL:
+                callback(BeyondEndError(f"{what}: the image ends before"))
             else:
-                self._ended(handle)
-                oncomplete(data)
+                callback(ReadError(f"{what}: {reason_of(-result)}", -result))
             return
-        self._ended(handle)
-        what = f"cannot read {self.spec} at {offset} (+{length})"
-        if result >= 0 or result == -errno.EINVAL:
-            oncomplete(BeyondEndError(f"{what}: the image ends before"))
+        # An object of HEAD that was removed or cut ends with a zero; but for a clone's, behind which its parent's shows.
+        if self.is_snapshot:
+            in_doubt = trio.current_time() - self._looks.in_place > SNAPSHOT_SECONDS
         else:
-            oncomplete(ReadError(f"{what}: {reason_of(-result)}", -result))
-
-    def _is_in_doubt(self, offset: int, data: Data) -> bool:
-        """Whether these may not be the image's bytes.
-
-        An object of HEAD that was removed or cut ends with a zero; but for a clone's, behind which its parent's shows.
-        """
-        if self.is_constant:
-            return trio.current_time() - self._looks.in_place > SNAPSHOT_SECONDS
-        if self._is_clone or not data[-1]:
-            return True
-        return 0 in data[self.stripe_unit - 1 - offset % self.stripe_unit :: self.stripe_unit]
+            unit = self.stripe_unit
+            in_doubt = self._is_clone or not data[-1] or 0 in data[unit - 1 - offset % unit :: unit]
+        if not in_doubt:
+            callback(data)
+            return
+        self._handle.hold()
+        self._looks.ask(partial(self._finish_if_in_place, self._handle, offset, callback, data))
 
     def _finish_if_in_place(
-        self, handle: ReadHandle, offset: int, oncomplete: OnComplete, data: Data, looked: int | RbdfsError
+        self, handle: LibrbdImage, offset: int, callback: OnRead, data: bytes, looked: int | RbdfsError
     ) -> None:
-        self._ended(handle)
-        self._open_shortcut()
+        handle.release()
         what = f"cannot read {self.spec} at {offset} (+{len(data)})"
         if isinstance(looked, StaleError):
-            oncomplete(looked)
+            callback(looked)
         elif isinstance(looked, RbdfsError):
-            oncomplete(ReadError(f"{what}: cannot tell zeros from what was removed: {looked}", looked.errno))
+            callback(ReadError(f"{what}: cannot tell zeros from what was removed: {looked}", looked.errno))
         elif looked < offset + len(data):
-            oncomplete(BeyondEndError(f"{what}: the image ends before"))
+            callback(BeyondEndError(f"{what}: the image ends before"))
         else:
-            oncomplete(data)
-
-    def _ended(self, handle: ReadHandle) -> None:
-        self._in_flight[handle] -= 1
-        if not self._in_flight[handle]:
-            self._one_is_idle.set()
-            self._one_is_idle = trio.Event()
+            callback(data)
 
     async def _blocking(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Call what blocks and uses the open image, in a thread. A cancel abandons it, but `close` waits for it."""
         handle = self._handle
-        self._in_flight[handle] += 1
+        handle.hold()
 
         def call() -> T:
             try:
                 return function(*args)
             finally:
-                self._handover.post(partial(self._ended, handle))
+                self._handover.post(handle.release)
 
         return await in_thread(call)
 
-    def heed(self) -> None:
-        """See `ImageSource.heed`."""
-        looks = self._looks
-        if looks.stale is not None:
-            raise looks.stale
-        if trio.current_time() - looks.latest > POLL_SECONDS:
-            looks.latest = trio.current_time()
-            handle = self._handle
-            self._in_flight[handle] += 1
-            looks.ask(partial(self._heeded, handle))
-            if self.watch is not None:
-                self.watch.renew_if_lost()
-            self._open_shortcut()
+    @property
+    def stale(self) -> StaleError | None:
+        """See `ImageBackend.stale`."""
+        return self._looks.stale
 
-    def _heeded(self, handle: ReadHandle, _: int | RbdfsError) -> None:
-        self._ended(handle)
-        self._open_shortcut()  # not at all, if the image is gone
+    def revalidate_soon(self) -> None:
+        """See `ImageBackend.revalidate_soon`."""
+        if self._looks.stale is not None:
+            raise self._looks.stale
+        self.revalidate_due = False
+        self._handle.hold()
+        self._looks.ask(partial(self._revalidated, self._handle))
+        if self.watch is not None:
+            self.watch.renew_if_lost()
+
+    def _revalidated(self, handle: LibrbdImage, _: int | RbdfsError) -> None:
+        handle.release()
+        trio.lowlevel.spawn_system_task(self._revalidate_later)
+
+    async def _revalidate_later(self) -> None:
+        await trio.sleep(REVALIDATE_SECONDS)
+        self.revalidate_due = True
+
+    def _set_revalidate_due(self) -> None:
+        self.revalidate_due = True
 
     async def verify(self) -> None:
-        """See `ImageSource.verify`."""
+        """See `ImageBackend.verify`."""
         if self._looks.stale is not None:
             raise self._looks.stale
         try:
             await self._looks.look()
         except StaleError as error:
-            self._looks.stale = error
+            self._looks.mark_stale(error)
             raise
 
     async def refresh(self) -> int:
-        """See `ImageSource.refresh`."""
+        """See `ImageBackend.refresh`."""
         if await self._ask_size() != self.size:
             async with self._resizing:
                 size = await self._ask_size()
@@ -330,10 +303,9 @@ class CephImage:
 
     async def _open_anew(self) -> None:
         stale = self._handle
-        await self._raw.close()
         await self._open(await self._ask_header())
         with trio.CancelScope(shield=True):
-            await self._until_idle(stale)
+            await stale.wait_until_idle()
             await self._handles.close(self._image, stale)
 
     async def _flags(self) -> int:
@@ -345,7 +317,7 @@ class CephImage:
         return int.from_bytes(reply.answer(0, f"ask for the flags of {self.spec}"), "little")
 
     async def extents_window(self) -> int:
-        """See `ImageSource.extents_window`.
+        """See `ImageBackend.extents_window`.
 
         With a valid fast-diff map librbd answers for the whole image at the price of loading the map, and loads it for
         each call. Without, each object is asked for its snapshots, ten at a time.
@@ -360,7 +332,7 @@ class CephImage:
         return OBJECTS_ASKED_AT_ONCE * self.object_size * self.stripe_count
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """See `ImageSource.extents`: `rbd_diff_iterate2` from the beginning of time, by whole objects."""
+        """See `ImageBackend.extents`: `rbd_diff_iterate2` from the beginning of time, by whole objects."""
         with translated(f"ask where {self.spec} holds data"):
             found = await self._blocking(self._handle.extents, offset, length)
         # What was removed is no hole.
@@ -369,13 +341,13 @@ class CephImage:
         return found
 
     async def write_version(self) -> int | None:
-        """See `ImageSource.write_version`.
+        """See `ImageBackend.write_version`.
 
         Whoever writes to an image with the exclusive-lock feature takes the lock first, which is an entry in the header
         object. So while the header has the same version and nobody holds the lock, nobody writes. (Reads, watches and
         what is written under a lock that is held do not move the version: tried with 16.2.)
         """
-        if self.is_constant:
+        if self.is_snapshot:
             await self.verify()
             return SNAPSHOT_VERSION
         if self._image.format == 1:
@@ -392,15 +364,9 @@ class CephImage:
         return None if lockers or not features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK else reply.version
 
     async def close(self) -> None:
-        """See `ImageSource.close`."""
-        await self._raw.close()
-        await self._until_idle(self._handle)
-        await self._handles.close_later(self._image, self._opened)
+        """See `ImageBackend.close`."""
+        await self._handle.wait_until_idle()
+        if self._opened is not None:
+            await self._handles.close_later(self._image, self._opened)
         if self.watch is not None:
             await self.watch.aclose()
-
-    async def _until_idle(self, handle: ReadHandle) -> None:
-        """Return when no read of a handle is in flight; there must come no other."""
-        while self._in_flight[handle]:
-            await self._one_is_idle.wait()
-        del self._in_flight[handle]

@@ -8,7 +8,7 @@ Two kinds of calls, by what they do with the GIL:
 
 - **Blocking** (`open_image`, `close`, `info`, `diff`, everything that can wait for the cluster): they
   release the GIL. Call them in a worker thread.
-- **Short** (`Image.submit`, `Image.drain`): they never wait for the cluster, and keep the GIL (`ctypes.PyDLL`). In an
+- **Short** (`Image.start_read`, `Image.complete_reads`): they never wait for the cluster, and keep the GIL (`ctypes.PyDLL`). In an
   idle interpreter that is no faster; beside a busy Python thread, to give the GIL up in each call made reads 1.3 to 5
   times slower. Call them in one thread, the one that waits for the eventfd.
 
@@ -17,20 +17,22 @@ Close an image before its ioctx and its connection (librados.py): closed after `
 
 import ctypes
 import errno
-import math
+import logging
 import os
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_ssize_t, c_uint8, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from rbdfs.ceph import bufferlist
-from rbdfs.ceph.bufferlist import Bufferlist
 from rbdfs.ceph.librados import HANDLE, Ioctx, bind, check, load
-from rbdfs.ceph.memory import Data, new_buffer
+from rbdfs.ceph.memory import new_buffer
 from rbdfs.errors import RbdfsError
 
-Token = TypeVar("Token")
+log = logging.getLogger(__name__)
+
+OnComplete = Callable[[int, bytes], None]
+"""Takes a read's result, a count of bytes or a negative errno, and the buffer. Of a read that was short, or failed, the
+buffer is of no use."""
 
 _EVENT_TYPE_EVENTFD = 2
 _COMPLETIONS_PER_POLL = 64
@@ -94,19 +96,6 @@ _rbd_aio_get_return_value = bind(_librbd_short, "rbd_aio_get_return_value", c_ss
 _rbd_aio_release = bind(_librbd_short, "rbd_aio_release", None, c_void_p)
 
 
-def _address(name: str) -> int:
-    return ctypes.cast(_librbd[name], c_void_p).value or 0
-
-
-RAW_CALLS: tuple[int, int, int, int] = (
-    _address("rbd_aio_create_completion"),
-    _address("rbd_aio_read"),
-    _address("rbd_aio_get_return_value"),
-    _address("rbd_aio_release"),
-)
-"""The addresses of these four, for callers in C, whose completions come by callbacks in a thread of librbd's."""
-
-
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """What librbd says of an open image. Sizes in bytes; an object has `1 << order` bytes."""
@@ -128,79 +117,71 @@ class Diff(NamedTuple):
     exists: bool
 
 
-class Image(Generic[Token]):
-    """An open image: a `rbd_image_t`. A token stands for a read: the caller's own, returned when it completes."""
+class Image:
+    """An open image: a `rbd_image_t`."""
 
     def __init__(self, handle: c_void_p, name: str) -> None:
         self._name = name
         self._handle = handle.value
-        self._least_taken_over = math.inf if bufferlist.unavailable() else bufferlist.LEAST_BYTES
-        # By address of the completion. Holds on to the buffer: librbd writes into it until the read completes.
-        self._in_flight: dict[int, tuple[Token, bytes | Bufferlist]] = {}
+        # By address of the completion. Keeps the buffer alive: librbd writes into it until the read completes.
+        self._in_flight: dict[int, tuple[OnComplete, bytes]] = {}
         self._new = _Completion()
         self._new_ref = byref(self._new)
         self._polled = (_Completion * _COMPLETIONS_PER_POLL)()
 
     @property
-    def address(self) -> int:
-        """The `rbd_image_t`, for `RAW_CALLS`."""
-        if self._handle is None:
-            raise ValueError(f"image {self._name} is closed")
-        return self._handle
+    def reads_in_flight(self) -> int:
+        """Reads that were started and have not come back."""
+        return len(self._in_flight)
 
-    def submit(self, offset: int, length: int, token: Token) -> None:
+    def start_read(self, offset: int, length: int, callback: OnComplete) -> None:
         """Start a read of `length` bytes at image `offset`; short, keeps the GIL.
 
-        There is no way to take a read back. An error is a result of `drain`, never an exception here.
+        `callback` is called by `complete_reads`. A started read cannot be cancelled. An error of the cluster is its
+        result, never an exception here. Raises ValueError if the image is closed.
         """
         if self._handle is None:
             raise ValueError(f"image {self._name} is closed")
         _rbd_aio_create_completion(None, None, self._new_ref)
         completion = self._new.value
-        if length < self._least_taken_over:
-            buffer = new_buffer(length)
-            self._in_flight[completion] = (token, buffer)
-            _rbd_aio_read(self._handle, offset, length, buffer, completion)
-        else:
-            self._in_flight[completion] = (token, Bufferlist(self._handle, offset, length, completion))
+        buffer = new_buffer(length)
+        self._in_flight[completion] = (callback, buffer)
+        _rbd_aio_read(self._handle, offset, length, buffer, completion)
 
-    def drain(self) -> list[tuple[Token, int, Data]]:
-        """The reads that completed since the last call, each with its result and data; short, keeps the GIL.
+    def complete_reads(self) -> None:
+        """Call back the reads that have completed since the last call; short, keeps the GIL.
 
         A result is the count of bytes read, or a negative errno. A read across the end of the image is short, one that
-        starts at or past the end is -EINVAL; the data of neither is of any use. Call it after reading the eventfd, not
-        before, or a completion may be left behind unannounced. It may find nothing: a completion is announced just
-        after it can be found.
+        starts at or past the end is -EINVAL. Call it after reading the eventfd, not before, or a completion may be left
+        behind unannounced. It may find nothing: a completion is announced just after it can be found. Never raises.
         """
-        completed: list[tuple[Token, int, Data]] = []
-        if self._handle is None:
-            return completed
         polled = self._polled
-        while True:
+        count = _COMPLETIONS_PER_POLL
+        while count == _COMPLETIONS_PER_POLL and self._handle is not None:
             count = _rbd_poll_io_events(self._handle, polled, _COMPLETIONS_PER_POLL)
-            completed.extend(map(self._end, polled[:count]))
-            if count < _COMPLETIONS_PER_POLL:
-                return completed
+            for completion in polled[:count]:
+                callback, buffer = self._in_flight.pop(completion)
+                result = _rbd_aio_get_return_value(completion)
+                _rbd_aio_release(completion)
+                try:
+                    callback(result, buffer)
+                except Exception:
+                    log.exception("a completion could not be delivered")
 
-    def _end(self, completion: int) -> tuple[Token, int, Data]:
-        token, buffer = self._in_flight.pop(completion)
-        result: int = _rbd_aio_get_return_value(completion)
-        _rbd_aio_release(completion)
-        return (token, result, buffer) if isinstance(buffer, bytes) else (token, *buffer.take(result))
+    def close(self) -> None:
+        """Wait for the reads in flight, then close; blocking. Reads that `complete_reads` did not see are dropped.
 
-    def close(self) -> list[tuple[Token, int, Data]]:
-        """Wait for the reads in flight, then close; blocking. What `drain` would have returned of them, is returned.
-
-        An interpreter that exits with reads in flight frees their buffers under librbd's hands, and crashes.
-        `submit` and `drain` must not run in another thread meanwhile. Closing twice does nothing.
+        An interpreter that exits with reads in flight frees their buffers under librbd's hands, and crashes. Nothing
+        else may use the image at the same time. Closing twice does nothing.
         """
         handle, self._handle = self._handle, None
         if handle is None:
-            return []
+            return
         result = _rbd_close(handle)  # unregisters the watch, too
-        completed = [self._end(completion) for completion in list(self._in_flight)]
+        for completion in self._in_flight:
+            _rbd_aio_release(completion)
+        self._in_flight.clear()
         check(result, f"cannot close image {self._name}")
-        return completed
 
     def flags(self) -> int:
         """`rbd.RBD_FLAG_*`: whether object map and fast-diff are invalid.
@@ -277,13 +258,13 @@ class Image(Generic[Token]):
 
 
 def open_image(
-    ioctx: Ioctx, event_fd: int | None, image_id: str, *, snap_id: int | None = None, by_name: bool = False
-) -> Image[Token]:
+    ioctx: Ioctx, event_fd: int, image_id: str, *, snap_id: int | None = None, by_name: bool = False
+) -> Image:
     """Open an image at a snapshot or at HEAD, read-only; `by_name` takes its name for `image_id` (format 1).
 
     `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not check
-    it: with a wrong one, completions are never announced. With None they are for callbacks only, see `RAW_CALLS`. The
-    image is not watched: one that is then removed reads as zeros, without an error.
+    it: with a wrong one, completions are never announced. The image is not watched: one that is then removed reads as
+    zeros, without an error.
     """
     function = _rbd_open_read_only if by_name else _rbd_open_by_id_read_only
     handle = c_void_p()
@@ -292,9 +273,8 @@ def open_image(
         if snap_id is not None:
             result = _rbd_snap_set_by_id(handle, snap_id)
             check(result, f"cannot open snapshot {snap_id} of image {image_id}")
-        if event_fd is not None:
-            result = _rbd_set_image_notification(handle, event_fd, _EVENT_TYPE_EVENTFD)
-            check(result, f"cannot set the eventfd of image {image_id}")
+        result = _rbd_set_image_notification(handle, event_fd, _EVENT_TYPE_EVENTFD)
+        check(result, f"cannot set the eventfd of image {image_id}")
     except RbdfsError:
         _rbd_close(handle)
         raise

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours, command_line = _split_at_dashes(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parser().parse_args(ours, argparse.Namespace(command_line=command_line, moves_data=False))
-        if options.moves_data and arguments is None:  # then the process is ours to start anew
+        if options.moves_data:
             keep_freed_memory()
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)

@@ -60,5 +60,4 @@ def cluster_options(options: argparse.Namespace) -> "ClusterOptions":
         mon_host=options.mon_host,
         connect_timeout=options.connect_timeout,
         osd_timeout=options.osd_timeout,
-        events=not getattr(options, "callbacks", False),
     )

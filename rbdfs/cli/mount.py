@@ -54,12 +54,6 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         action="store_true",
         help="pass by the kernel's page cache: less CPU for large reads, far more for small ones, no mmap",
     )
-    speed.add_argument(
-        "--callbacks",
-        action="store_true",
-        help="have librbd call back for each read, as its Python binding does, instead of by its event API: "
-        "slower for small reads",
-    )
     parser.add_argument(
         "-o",
         metavar="OPTION[,...]",
@@ -73,6 +67,7 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from rbdfs.commands.mount import MountOptions, mount  # noqa: PLC0415  (needs pyfuse3, trio, rados and rbd)
+    from rbdfs.fuse.mounting import parse_options  # noqa: PLC0415
     from rbdfs.fuse.operations import Presentation  # noqa: PLC0415
 
     fuse_options = _take_mount_options(parser, options)
@@ -83,7 +78,7 @@ def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             cluster=cluster_options(options),
             pools=tuple(options.pool),
             presentation=Presentation(options.uid, options.gid, options.umask, options.direct_io),
-            fuse_options=fuse_options | ({"allow_other"} if options.allow_other else frozenset()),
+            fuse_options=parse_options(fuse_options | ({"allow_other"} if options.allow_other else frozenset())),
             cache_bytes=options.cache_size,
             foreground=options.foreground,
             log_level=verbosity,

@@ -19,10 +19,11 @@ from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.commands.ending import exit_at_the_latest
 from rbdfs.errors import MountError, RbdfsError
+from rbdfs.fuse.mounting import FuseOptions, check_mountpoint
 from rbdfs.fuse.operations import Operations, Presentation
-from rbdfs.fuse.session import check_mountpoint, mounted, serve
+from rbdfs.fuse.session import mounted, serve
 from rbdfs.fuse.tree import Tree
-from rbdfs.image.object_cache import ObjectCache
+from rbdfs.image.cache import ObjectCache
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.striper import MIB
 from rbdfs.image.throttle import Throttle
@@ -48,8 +49,7 @@ class MountOptions:
     pools: tuple[str, ...]
     """Only these; all if there are none."""
     presentation: Presentation
-    fuse_options: frozenset[str]
-    """Options for libfuse, as after `-o`."""
+    fuse_options: FuseOptions
     cache_bytes: int
     foreground: bool
     log_level: int
@@ -75,8 +75,8 @@ async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
     images = OpenImages(ObjectCache(options.cache_bytes, Throttle(MAX_OPS, MAX_BYTES)))
     operations = Operations(Tree(cluster, time.time_ns()), cluster, images, cluster.open_image, options.presentation)
     try:
-        with mounted(operations, options.mountpoint, options.fuse_options):
-            await _until_stopped(partial(serve, operations, options.mountpoint, ready))
+        with mounted(operations, options.mountpoint, options.fuse_options) as session:
+            await _until_stopped(partial(serve, session, ready))
     finally:
         with exit_at_the_latest(0):
             await images.aclose()

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -16,16 +16,11 @@ import trio
 
 from rbdfs.catalog import Catalog, ImageFacts, ImageRef
 from rbdfs.errors import RbdfsError
-from rbdfs.fuse.lowlevel import ReadRequest
 from rbdfs.fuse.nodes import ImageFile, Node
-from rbdfs.fuse.shortcut import LowlevelShortcut
 from rbdfs.fuse.tree import Facts, Listed, Tree
-from rbdfs.image.holes import Kind
-from rbdfs.image.image import OpenImage
-from rbdfs.image.object_cache import Span
+from rbdfs.image.backend import ImageBackend
+from rbdfs.image.open_image import OpenImage
 from rbdfs.image.open_images import OpenImages
-from rbdfs.image.source import Buffer, ImageSource
-from rbdfs.shortcut import Shortcut
 from rbdfs.spec import ImageSpec
 
 log = logging.getLogger(__name__)
@@ -93,26 +88,29 @@ def answered(
 
 
 class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # Debian 12's pyfuse3 has no types
-    """The file system that the kernel talks to. It is mounted read-only: the kernel answers writes with EROFS."""
+    """The file system that the kernel talks to, but for what device.py answers: READ, LSEEK and FORGET.
+
+    It is mounted read-only: the kernel answers writes with EROFS.
+    """
 
     def __init__(
         self,
         tree: Tree,
         catalog: Catalog,
         images: OpenImages,
-        connect: Callable[[ImageSpec, ImageRef], Awaitable[ImageSource]],
+        open_backend: Callable[[ImageSpec, ImageRef], Awaitable[ImageBackend]],
         presentation: Presentation,
     ) -> None:
         super().__init__()
         self._tree = tree
         self._catalog = catalog
         self._images = images
-        self._connect = connect
+        self._open_backend = open_backend
         self._presentation = presentation
         self._handles = itertools.count(1)
-        self._files: dict[int, tuple[ImageRef, OpenImage]] = {}
+        self.files: dict[int, OpenImage] = {}
+        """What is open, by handle: device.py reads from it."""
         self._listings: dict[int, tuple[Listed, ...]] = {}
-        self._shortcuts: dict[int, Shortcut | None] = {}
         self._looked: dict[int, tuple[float, Facts | None]] = {}
 
     @answered
@@ -123,11 +121,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self._tree.remember(node)
         return attributes
 
-    @answered
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """The kernel has dropped these inodes from its caches."""
-        for inode, lookups in inode_list:
-            self._tree.forget(inode, lookups)
+    def forget_inodes(self, lookups: Iterable[tuple[int, int]]) -> None:
+        """The kernel has dropped these inodes from its caches: (inode, how many of its lookups it takes back)."""
+        for inode, count in lookups:
+            self._tree.forget(inode, count)
             self._looked.pop(inode, None)
 
     @answered
@@ -177,86 +174,21 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         node = self._tree.node(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY or not isinstance(node, ImageFile):
             raise pyfuse3.FUSEError(errno.EROFS)
-        image, unchanged = await self._images.open(node.ref, partial(self._connect, node.spec, node.ref))
+        image, unchanged = await self._images.open(node.ref, partial(self._open_backend, node.spec, node.ref))
         handle = next(self._handles)
-        self._files[handle] = node.ref, image
+        self.files[handle] = image
         self._looked.pop(inode, None)
         return pyfuse3.FileInfo(fh=handle, keep_cache=unchanged, direct_io=self._presentation.direct_io)
-
-    def begin_read(self, request: ReadRequest) -> None:
-        """As `read`, by a call: answered from the cache at once, or by the aio that it waits for."""
-        _, image = self._files[request.handle]
-        image.begin_read(request.offset, request.length, partial(self._end_read, request))
-        if image.is_scattered and request.handle not in self._shortcuts:
-            self._shortcuts[request.handle] = None
-            request.spawn(self._shorten, request.handle)
-
-    def settle_read(self, request: ReadRequest, result: int, data: bytes) -> None:
-        """Answer a read whose bytes have come by a shortcut, but may not be the image's, or an error's."""
-        _, image = self._files[request.handle]
-        image.settle(request.offset, request.length, result, data, partial(self._end_read, request))
-
-    async def _shorten(self, handle: int) -> None:
-        """From now on scattered reads of an open file need no Python."""
-        if handle not in self._files:
-            return
-        _, image = self._files[handle]
-        try:
-            shortcut = await image.shorten(LowlevelShortcut)
-            if shortcut is not None and handle in self._files:
-                shortcut.begin(handle)
-                log.debug("scattered reads of handle %d need no Python from now on", handle)
-                self._shortcuts[handle] = shortcut
-        except RbdfsError as error:
-            log.info("scattered reads take the long way: %s", error)
-        except Exception:
-            log.exception("scattered reads take the long way")
-
-    def _end_read(self, request: ReadRequest, result: Span | RbdfsError | None) -> None:
-        try:
-            if result is None:
-                request.serve(self.read)
-            elif isinstance(result, RbdfsError):
-                log.error("%s", result)
-                request.fail(result.errno)
-            else:
-                request.reply(*result)
-        except Exception:  # a request without an answer is a process that nobody can kill
-            log.exception("a read at %d could not be answered; the process that asked gets EIO", request.offset)
-            request.fail(errno.EIO)
-
-    @answered
-    async def read(  # type: ignore[override]  # pyfuse3 takes any contiguous buffer, and says bytes
-        self, handle: int, offset: int, length: int
-    ) -> Buffer:
-        """`length` bytes, fewer only at the end of the image; or an error."""
-        _, image = self._files[handle]
-        return await image.read(offset, length)
-
-    @answered
-    async def lseek(self, inode: int, handle: int, offset: int, whence: int) -> int:
-        """SEEK_DATA or SEEK_HOLE: ENXIO past the end, and for SEEK_DATA after the last data."""
-        _, image = self._files[handle]
-        found = await image.seek(offset, Kind.DATA if whence == os.SEEK_DATA else Kind.HOLE)
-        if found is None:
-            raise pyfuse3.FUSEError(errno.ENXIO)
-        return found
 
     @answered
     async def flush(self, handle: int) -> None:
         """A close(): an error if the image is gone, which cp, dd and cat notice."""
-        _, image = self._files[handle]
-        await image.flush()
+        await self.files[handle].flush()
 
     @answered
     async def release(self, handle: int) -> None:
         """The last descriptor of an open() was closed."""
-        ref, image = self._files.pop(handle)
-        shortcut = self._shortcuts.pop(handle, None)
-        if shortcut is not None:
-            shortcut.end(handle)
-            log.debug("%d reads of this image were answered without Python so far", shortcut.answered)
-        await self._images.close(ref, image)
+        await self._images.close(self.files.pop(handle))
 
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:

@@ -1,6 +1,6 @@
 """Copy one image from its first byte to its last: many reads at a time, holes neither read nor written.
 
-It reads from the `ImageSource` itself, as the object cache does, and not through the cache: an export reads each byte
+It reads from the `ImageBackend` itself, as the object cache does, and not through the cache: an export reads each byte
 once, so all that the cache could do is to hold memory and copy.
 """
 
@@ -15,8 +15,8 @@ from typing import Protocol
 import trio
 
 from rbdfs.errors import RbdfsError, StaleError
+from rbdfs.image.backend import Buffer, ImageBackend, ReadResult
 from rbdfs.image.holes import HoleMap, Kind, Segment
-from rbdfs.image.source import Buffer, ImageSource, ReadResult, view
 from rbdfs.image.striper import MIB, Layout
 from rbdfs.image.throttle import Throttle
 from rbdfs.threads import in_thread_of_its_own, in_thread_to_its_end
@@ -93,7 +93,9 @@ class Piece:
 class Copy:
     """One copy, and how far it is."""
 
-    def __init__(self, source: ImageSource, target: Target, options: CopyOptions, digest: Digest | None = None) -> None:
+    def __init__(
+        self, source: ImageBackend, target: Target, options: CopyOptions, digest: Digest | None = None
+    ) -> None:
         self.size = source.size
         self.data_bytes = 0
         """Data found so far."""
@@ -124,7 +126,7 @@ class Copy:
         return self._used_in_order if self._target.in_order else next(iter(self._underway), self._started)
 
     async def run(self) -> None:
-        """Copy. Raises the first error of source or target; reads in flight are left to `ImageSource.close`."""
+        """Copy. Raises the first error of source or target; reads in flight are left to `ImageBackend.close`."""
         ask, asked = trio.open_memory_channel[list[Segment]](WINDOWS_AHEAD)
         line_up, lined_up = trio.open_memory_channel[Piece | Segment](math.inf)
         try:
@@ -242,8 +244,10 @@ class Copy:
             self._next_read = max(self._next_read, trio.current_time())
             due, self._next_read = self._next_read, self._next_read + piece.length * self._seconds_per_byte
             await trio.sleep_until(due)
-        start = partial(self._source.aio_read, piece.offset, piece.length, partial(self._land, piece))
-        self._reads.submit(piece, piece.length, start, urgent=True)
+        self._reads.submit(piece, piece.length, self._start_read, urgent=True)
+
+    def _start_read(self, piece: Piece) -> None:
+        self._source.start_read(piece.offset, piece.length, partial(self._land, piece))
 
     def _land(self, piece: Piece, result: ReadResult) -> None:
         if self._nursery is None:
@@ -252,7 +256,7 @@ class Copy:
             self._fail(result)
             return
         self._reads.done(piece.length)  # which starts the next
-        piece.data = result if isinstance(result, bytes) else view(result)
+        piece.data = result
         piece.landed.set()
         if not self._target.in_order:
             self._start_soon(partial(self._write, piece))

@@ -5,11 +5,10 @@ from collections.abc import Hashable
 
 import trio
 
-from rbdfs.errors import StaleError
+from rbdfs.image.backend import OpenBackend
+from rbdfs.image.cache import CachedImage, ObjectCache
 from rbdfs.image.holes import HoleMap
-from rbdfs.image.image import OpenImage, OpenState, ReadaheadShare
-from rbdfs.image.object_cache import CachedImage, ObjectCache
-from rbdfs.image.source import Connector, ImageSource
+from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.striper import Layout
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ class OpenImages:
     """Opens and closes images, and keeps close-to-open: an open() sees all that was written before it.
 
     What an earlier open() left in the cache may answer only if the image says that nobody can have written since
-    (`ImageSource.write_version`). Older opens go over to the new cache as well, so that the kernel's page cache, which
+    (`ImageBackend.write_version`). Older opens go over to the new cache as well, so that the kernel's page cache, which
     all opens of a file share, is never filled with what is older than the newest open().
     """
 
@@ -44,17 +43,17 @@ class OpenImages:
         self._share = ReadaheadShare(cache.budget_bytes)
         self._entries: dict[Hashable, _Entry] = {}
 
-    async def open(self, key: Hashable, connect: Connector) -> tuple[OpenImage, bool]:
-        """Open the image `key`; `connect` is called if nobody has it open.
+    async def open(self, key: Hashable, open_backend: OpenBackend) -> tuple[OpenImage, bool]:
+        """Open the image `key`; `open_backend` is called if nobody has it open.
 
         Also returns whether all that earlier opens have read, in this mount or any, is still what the image holds.
-        Raises what `connect` raises.
+        Raises what `open_backend` raises.
         """
         entry = self._entries.setdefault(key, _Entry())
         entry.users += 1
         try:
             async with entry.lock:
-                unchanged = await self._bring_up_to_date(entry, connect)
+                unchanged = await self._bring_up_to_date(key, entry, open_backend)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._leave(key, entry)
@@ -62,50 +61,49 @@ class OpenImages:
         assert entry.state is not None  # noqa: S101  (just set, and kept while there are users)
         return OpenImage(entry.state, self._cache, self._share), unchanged
 
-    async def close(self, key: Hashable, image: OpenImage) -> None:
+    async def close(self, image: OpenImage) -> None:
         """End one open(). The last one gives the librbd image and its watch back."""
         image.close()
         with trio.CancelScope(shield=True):
-            await self._leave(key, self._entries[key])
+            await self._leave(image.key, self._entries[image.key])
 
     async def aclose(self) -> None:
         """Close what is still open."""
         for entry in self._entries.values():
             if entry.state is not None:
-                self._cache.withdraw(entry.state.cached)
-                await entry.state.source.close()
+                self._cache.cancel(entry.state.cached)
+                await entry.state.backend.close()
         self._entries.clear()
 
-    async def _bring_up_to_date(self, entry: _Entry, connect: Connector) -> bool:
+    async def _bring_up_to_date(self, key: Hashable, entry: _Entry, open_backend: OpenBackend) -> bool:
         state = entry.state
-        source = state.source if state and not _is_stale(state.source) else await connect()
+        backend = state.backend if state and state.backend.stale is None else await open_backend()
         try:
-            version = await source.write_version()
+            version = await backend.write_version()
         except BaseException:
-            if state is None or source is not state.source:
+            if state is None or backend is not state.backend:
                 with trio.CancelScope(shield=True):
-                    await source.close()
+                    await backend.close()
             raise
         unchanged = entry.cached is not None and version is not None and version == entry.write_version
         if entry.cached is None or not unchanged:
             if entry.cached is not None:
                 self._cache.forget(entry.cached)
-            layout = Layout(source.object_size, source.stripe_unit, source.stripe_count)
-            held = entry.cached.held if entry.cached is not None else None  # shortcuts go by it
-            entry.cached = CachedImage(source, layout, held)
-        entry.cached.source = source
+            layout = Layout(backend.object_size, backend.stripe_unit, backend.stripe_count)
+            entry.cached = CachedImage(backend, layout)
+        entry.cached.backend = backend
         entry.write_version = version
-        if source.is_constant and entry.holes is None:
-            entry.holes = HoleMap(source.size)
+        if backend.is_snapshot and entry.holes is None:
+            entry.holes = HoleMap(backend.size)
         if state is None:
-            entry.state = OpenState(source, entry.cached, entry.holes)
+            entry.state = OpenState(key, backend, entry.cached, entry.holes)
         else:
             state.cached = entry.cached
-            if source is not state.source:  # it was migrated, say: older opens go over to what it is now
-                stale, state.source = state.source, source
+            if backend is not state.backend:  # it was migrated, say: older opens go over to what it is now
+                stale, state.backend = state.backend, backend
                 with trio.CancelScope(shield=True):
                     await stale.close()
-        return unchanged or source.is_constant
+        return unchanged or backend.is_snapshot
 
     async def _leave(self, key: Hashable, entry: _Entry) -> None:
         async with entry.lock:
@@ -114,10 +112,10 @@ class OpenImages:
                 return
             state, entry.state = entry.state, None
             if state is not None:
-                self._cache.withdraw(state.cached)
+                self._cache.cancel(state.cached)
             self._remember(key, entry)
         if state is not None:
-            await state.source.close()  # beside the next open(), which need not wait for it
+            await state.backend.close()  # beside the next open(), which need not wait for it
 
     def _remember(self, key: Hashable, entry: _Entry) -> None:
         """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""
@@ -132,11 +130,3 @@ class OpenImages:
             cached = self._entries.pop(oldest).cached
             if cached is not None:
                 self._cache.forget(cached)
-
-
-def _is_stale(source: ImageSource) -> bool:
-    try:
-        source.heed()
-    except StaleError:
-        return True
-    return False

@@ -6,12 +6,17 @@ open file can carry several streams at once: a loop mount, `qemu-img convert`, t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from rbdfs.image.striper import MIB
 
 STREAMS = 8
 """Streams that are told apart in one open file; `qemu-img convert` has 8 reads under way by default."""
+
+FRONT_BYTES = 256 * 1024
+"""Readers that are not known to be sequential yet are told apart if their fronts lie in different pieces of this size."""
+
+RANDOM_READS = 16
+"""So many reads in a row, none of them near another, are a random reader's."""
 
 SKIP_READS = 8
 """How far from its front a read still belongs to a stream, in lengths of that read: 128 KiB requests come in another
@@ -42,31 +47,21 @@ STALL_SECONDS = 0.02
 CPU holds up waits some milliseconds (2 cores, a local OSD: 1 to 8), and a larger window would not help it."""
 
 
-SCATTERED_READS = 16
-"""So many reads in a row, none of them near another, are a random reader's."""
-
-
-@dataclass(slots=True)
 class Stream:
     """One reader's place in the image. All but `advances` in bytes."""
 
-    front: int
-    ahead: int
-    read: int = 0
-    advances: int = 0
+    __slots__ = ("advances", "ahead", "front", "read", "window")
 
-    @property
-    def is_sequential(self) -> bool:
-        """Whether the reads so far moved forward often enough to read ahead for them."""
-        enough = TRIGGER_READS if self.read >= TRIGGER_BYTES else TRIGGER_SMALL_READS
-        return self.advances >= enough
-
-    def advance(self, offset: int, end: int) -> None:
-        """Take note of a read of [offset, end). Only one that moves the front counts as a step forward."""
-        self.read += end - offset
-        if end > self.front:
-            self.front = end
-            self.advances += 1
+    def __init__(self) -> None:
+        self.front = 0
+        """Where the reads so far end."""
+        self.ahead = 0
+        """Up to where it was read ahead."""
+        self.read = 0
+        self.advances = 0
+        """Reads that moved the front."""
+        self.window = 0
+        """The window that `ahead` was reckoned with, once it has its full size."""
 
 
 class Readahead:
@@ -78,33 +73,86 @@ class Readahead:
     def __init__(self, transfer: int) -> None:
         self.transfer = transfer
         self.window = WINDOW_BYTES
+        self.is_random = False
+        """Whether the latest reads belonged to no stream."""
         self._alone = 0
-        self._streams: list[Stream] = []
+        self._streams: list[Stream] = []  # sequential; the last one was read last
+        self._fronts: dict[int, Stream] = {}  # of readers that may become sequential, by FRONT_BYTES; the oldest first
 
     @property
     def sequential_streams(self) -> int:
         """How many streams are read ahead for."""
-        return sum(stream.is_sequential for stream in self._streams)
-
-    @property
-    def is_scattered(self) -> bool:
-        """Whether the latest reads belonged to no stream."""
-        return self._alone >= SCATTERED_READS
+        return len(self._streams)
 
     def on_read(self, offset: int, length: int, size: int, limit: Callable[[], int]) -> tuple[int, int] | None:
         """The image range [start, end) to read ahead because of this read, or None. A range is returned once.
 
-        `size` is the image's; `limit()` is how many bytes may lie ahead of a stream now. Less
-        than one transfer allows nothing.
+        `size` is the image's; `limit()` is how many bytes may lie ahead of a stream now. Less than one transfer allows
+        nothing.
         """
         end = offset + length
-        stream = self._stream_of(offset, end)
-        stream.advance(offset, end)
-        if not stream.is_sequential:
+        skip = min(SKIP_READS * length, SKIP_BYTES_MAX)
+        for stream in self._streams:
+            front = stream.front
+            if front - skip <= end and (offset <= front + skip or offset <= stream.ahead):
+                break
+        else:
+            for piece in range((offset - skip) // FRONT_BYTES, (end + skip) // FRONT_BYTES + 1):
+                found = self._fronts.get(piece)
+                if found is not None and found.front - skip <= end and offset <= found.front + skip:
+                    return self._on_second_read(piece, found, offset, length, size, limit)
+            self._on_lone_read(end, length)
             return None
-        window = min(self.window, limit(), max(self.transfer, GROWTH * stream.read))
+        if stream is not self._streams[-1]:
+            self._streams.remove(stream)
+            self._streams.append(stream)
+        self._alone = 0
+        self.is_random = False
+        stream.read += length
+        stream.front = max(stream.front, end)
+        if stream.window and stream.front + stream.window <= stream.ahead:
+            return None  # as most reads of a sequential reader: the window has not come to the next transfer
+        return self._extend(stream, offset, size, limit)
+
+    def _on_lone_read(self, end: int, length: int) -> None:
+        """A read near no other: maybe the first one of a sequential reader."""
+        self._alone += 1
+        self.is_random = self._alone >= RANDOM_READS
+        fronts = self._fronts
+        stream = fronts.pop(next(iter(fronts))) if len(fronts) >= STREAMS else Stream()
+        stream.front = end
+        stream.read = length
+        stream.advances = 1
+        fronts[end // FRONT_BYTES] = stream
+
+    def _on_second_read(
+        self, piece: int, stream: Stream, offset: int, length: int, size: int, limit: Callable[[], int]
+    ) -> tuple[int, int] | None:
+        """A read near the front of a reader that is not known to be sequential."""
+        end = offset + length
+        self._alone = 0
+        self.is_random = False
+        del self._fronts[piece]
+        stream.read += length
+        if end > stream.front:
+            stream.front = end
+            stream.advances += 1
+        if stream.advances < (TRIGGER_READS if stream.read >= TRIGGER_BYTES else TRIGGER_SMALL_READS):
+            self._fronts[stream.front // FRONT_BYTES] = stream
+            return None
+        stream.ahead = stream.window = 0
+        self._streams.append(stream)
+        if len(self._streams) > STREAMS:
+            del self._streams[0]
+        return self._extend(stream, offset, size, limit)
+
+    def _extend(self, stream: Stream, offset: int, size: int, limit: Callable[[], int]) -> tuple[int, int] | None:
+        """What a sequential reader is to have read ahead, as far as it was not asked for yet."""
+        full = min(self.window, limit())
+        window = min(full, max(self.transfer, GROWTH * stream.read))
         if window < self.transfer:
             return None
+        stream.window = full if window == full else 0
         start = max(stream.ahead, min(offset, stream.front))
         wanted = min(size, -(-(stream.front + window) // self.transfer) * self.transfer)
         if wanted <= start:
@@ -114,21 +162,5 @@ class Readahead:
 
     def on_wait(self, seconds: float) -> None:
         """A read had to wait for this long: a larger window from now on, if a sequential reader was stalled."""
-        if seconds > STALL_SECONDS and self.sequential_streams:
+        if seconds > STALL_SECONDS and self._streams:
             self.window = min(self.window * 3 // 2, WINDOW_BYTES_MAX)
-
-    def _stream_of(self, offset: int, end: int) -> Stream:
-        """The stream that a read belongs to, as the last of the list: its first one was not read for longest."""
-        skip = min(SKIP_READS * (end - offset), SKIP_BYTES_MAX)
-        for index, stream in enumerate(self._streams):
-            front = stream.front
-            if front - skip <= end and (offset <= front + skip or offset <= stream.ahead):
-                self._streams.append(self._streams.pop(index))
-                self._alone = 0
-                return stream
-        if len(self._streams) == STREAMS:
-            del self._streams[0]
-        self._alone += 1
-        stream = Stream(front=offset, ahead=0)
-        self._streams.append(stream)
-        return stream

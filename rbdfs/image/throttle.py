@@ -1,8 +1,9 @@
 """A limit on what is in flight towards the cluster, so that a mount can flood neither the cluster nor itself."""
 
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
-Start = Callable[[], None]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Throttle:
@@ -18,25 +19,32 @@ class Throttle:
         self.ops = 0
         self.bytes = 0
         self.peak_bytes = 0
-        self._urgent: dict[Hashable, tuple[int, Start]] = {}
-        self._later: dict[Hashable, tuple[int, Start]] = {}
+        self._urgent: dict[Hashable, tuple[int, Callable[..., None]]] = {}
+        self._later: dict[Hashable, tuple[int, Callable[..., None]]] = {}
 
-    def submit(self, key: Hashable, nbytes: int, start: Start, *, urgent: bool) -> None:
-        """Call `start` as soon as `nbytes` more may be in flight. Whoever started calls `done(nbytes)` in the end.
+    def submit(self, key: Key, nbytes: int, start: Callable[[Key], None], *, urgent: bool) -> None:
+        """Call `start(key)` as soon as `nbytes` more may be in flight; then call `done(nbytes)` when it has ended.
 
         More than `max_bytes` at once starts when nothing else is in flight.
         """
-        if self._has_room(nbytes) and not self._urgent and (urgent or not self._later):
-            self._begin(nbytes, start)
+        if (
+            not self._urgent
+            and (urgent or not self._later)
+            and (not self.ops or (self.ops < self.max_ops and self.bytes + nbytes <= self.max_bytes))
+        ):
+            self.ops += 1
+            self.bytes += nbytes
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            start(key)
         else:
             (self._urgent if urgent else self._later)[key] = (nbytes, start)
 
-    def hurry(self, key: Hashable) -> None:
+    def promote(self, key: Hashable) -> None:
         """Somebody waits for this now. Nothing happens if it was started already."""
         if key in self._later:
             self._urgent[key] = self._later.pop(key)
 
-    def withdraw(self, key: Hashable) -> bool:
+    def cancel(self, key: Hashable) -> bool:
         """Forget what was not started yet; False if it was."""
         return (self._later.pop(key, None) or self._urgent.pop(key, None)) is not None
 
@@ -44,22 +52,17 @@ class Throttle:
         """What was started with `nbytes` has ended, well or not."""
         self.ops -= 1
         self.bytes -= nbytes
-        self._pump()
+        if self._urgent or self._later:
+            self._start_queued()
 
-    def _pump(self) -> None:
+    def _start_queued(self) -> None:
         while queue := self._urgent or self._later:
             key = next(iter(queue))
             nbytes, start = queue[key]
-            if not self._has_room(nbytes):
+            if self.ops and (self.ops >= self.max_ops or self.bytes + nbytes > self.max_bytes):
                 return
             del queue[key]
-            self._begin(nbytes, start)
-
-    def _has_room(self, nbytes: int) -> bool:
-        return not self.ops or (self.ops < self.max_ops and self.bytes + nbytes <= self.max_bytes)
-
-    def _begin(self, nbytes: int, start: Start) -> None:
-        self.ops += 1
-        self.bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-        start()
+            self.ops += 1
+            self.bytes += nbytes
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            start(key)

@@ -14,7 +14,7 @@ from rbdfs.target.direct import DirectWriter
 from rbdfs.target.journal import Journal, Origin
 from rbdfs.target.zeros import data_runs
 
-Buffer = bytes | bytearray | memoryview
+Buffer = bytes | memoryview
 
 LEAST_ZEROS = 64 * 1024
 """A run of zeros this long is left out; shorter ones would cost more, as another write, than they save."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rbdfs.errors import TargetError
 
-Buffer = bytes | bytearray | memoryview
+Buffer = bytes | memoryview
 
 PIPE_BYTES = 1 << 20
 """The largest pipe that any user may have (/proc/sys/fs/pipe-max-size): fewer turns of writer and reader."""

@@ -6,14 +6,14 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from rbdfs.devcluster.signals import SIGNALS
 from rbdfs.errors import RbdfsError
 from tests.benchmarks.cases import CASES, Case
-from tests.benchmarks.machine import this_machine
+from tests.benchmarks.machine import CHECKOUT, Baseline, baseline_at, this_machine, write_bytecode
 from tests.benchmarks.measures import Contender, Sample, measure
 from tests.benchmarks.peers import RBDFS, PeerError, served
 from tests.benchmarks.plot import as_svg
@@ -32,21 +32,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in SIGNALS:
         signal.signal(each, _exit)
     options.output.mkdir(parents=True, exist_ok=True)
-    machine, done = this_machine(), list[tuple[Case, Sequence[Outcome]]]()
+    machine, done = this_machine(), list[tuple[Case, Mapping[Contender, Outcome]]]()
     rbdfs_arguments = shlex.split(options.rbdfs_arguments)
+    baseline: Baseline | None = options.baseline
+    cases = [case.against_baseline(baseline.python) if baseline else case for case in options.only]
+    write_bytecode(sys.executable, CHECKOUT)
+    if baseline:
+        write_bytecode(baseline.python, baseline.checkout)
     try:
         _tell("starting a cluster and writing the images")
-        with site(_images(options.only), options.size, rbdfs_arguments) as here:
+        with site(_images(cases), options.size, rbdfs_arguments) as here:
             _compare(here)
-            for case in options.only:
+            for case in cases:
                 done.append((case, _run(case, here, options.rounds)))
                 # After each case: a run that is interrupted has its figures so far.
-                _write(Results(machine, options.rounds, options.size, rbdfs_arguments, done), options.output)
+                results = Results(machine, options.rounds, options.size, rbdfs_arguments, done, baseline)
+                _write(results, options.output)
     except (RbdfsError, PeerError) as error:
         _tell(str(error))
         return 1
     print((options.output / "benchmarks.md").read_text())
-    return int(any(outcomes[0].failure for _, outcomes in done))
+    return int(any(outcomes[case.ours].failure for case, outcomes in done))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rbdfs-arguments", metavar="ARGS", default="", help="for rbdfs mount, to try what other options do [none]"
     )
+    parser.add_argument(
+        "--baseline",
+        metavar="PYTHON",
+        type=_baseline,
+        help="the interpreter of an earlier rbdfs (its .venv/bin/python), to measure that one along with ours [none]",
+    )
     parser.add_argument("--list", action="store_true", help="print the ids of the rows, and run nothing")
     return parser
 
@@ -89,6 +101,13 @@ def _size(text: str) -> int:
     if size == 0 or size % (16 * MIB):
         raise argparse.ArgumentTypeError(f"not a size in M or G, and a multiple of 16M: {text}")
     return size
+
+
+def _baseline(text: str) -> Baseline:
+    try:
+        return baseline_at(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _cases(text: str) -> Sequence[Case]:
@@ -118,7 +137,7 @@ def _compare(here: Site) -> None:
                 raise PeerError(f"{image.name}: rbdfs reads other bytes than were written")
 
 
-def _run(case: Case, here: Site, rounds: int) -> Sequence[Outcome]:
+def _run(case: Case, here: Site, rounds: int) -> Mapping[Contender, Outcome]:
     """Let all contenders do the work in turns, every other round in reverse order.
 
     One that fails is not asked again.
@@ -138,7 +157,7 @@ def _run(case: Case, here: Site, rounds: int) -> Sequence[Outcome]:
                 _tell(f"{case.id} {number + 1}/{rounds} {contender.name}: {sample.figure:.4g} {case.unit.value}")
     for contender, failure in failures.items():
         _tell(f"{case.id} {contender.name}: {failure}")
-    return [Outcome(contender, taken, failures.get(contender, "")) for contender, taken in samples.items()]
+    return {contender: Outcome(contender, taken, failures.get(contender, "")) for contender, taken in samples.items()}
 
 
 def _write(results: Results, folder: Path) -> None:

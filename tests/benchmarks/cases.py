@@ -1,6 +1,5 @@
 """The table of what is measured: each row of the bar, and beside it what else can do the same work."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,14 +23,31 @@ from tests.benchmarks.measures import (
     rbd_bench_megabytes_per_second,
     rbd_du_is_right,
     seconds,
+    seconds_with_mount,
 )
-from tests.benchmarks.peers import QEMU_STORAGE_DAEMON, RBD_FUSE, RBDFS, Server
-from tests.benchmarks.site import FITS, MANY, QUARTERS, THIN
+from tests.benchmarks.peers import (
+    QEMU_STORAGE_DAEMON,
+    RBD_FUSE,
+    RBDFS,
+    RBDFS_COMMAND,
+    Server,
+    baseline_server,
+    by_baseline,
+)
+from tests.benchmarks.site import EMPTY, FITS, MANY, QUARTERS, THIN
 
 CACHE_BYTES = 256 << 20
 """The default of `--cache-size`."""
 RSS_ALLOWANCE, RSS_AIM = 150e6, 80e6
 """Bytes that rbdfs may use beside its cache: at most, and aimed at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A fixed figure to be compared with, in place of a peer's."""
+
+    figure: float
+    name: str = "a fixed limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +58,29 @@ class Case:
     work: str
     unit: Unit
     ours: Contender
-    peer: Contender
+    peer: Contender | Limit
     bar: float | None = None
     """The least ratio (Unit.ratio: larger is better for us); none for a row that is there to be known."""
     aim: float | None = None
     context: Sequence[Contender] = ()
     """Others, without a bar."""
+    before: Contender | None = None
+    """The same work by another rbdfs (`--baseline`)."""
 
     @property
     def contenders(self) -> Sequence[Contender]:
-        """All, we first."""
-        return (self.ours, self.peer, *self.context)
+        """All, we first; an earlier rbdfs is next to us, so that little can change between the two."""
+        return tuple(each for each in (self.ours, self.before, self.peer, *self.context) if isinstance(each, Contender))
+
+    def against_baseline(self, python: str) -> "Case":
+        """With the rbdfs of another interpreter as one more contender."""
+        before = replace(
+            self.ours,
+            name="rbdfs before",
+            command=by_baseline(self.ours.command, python),
+            server=baseline_server(python) if self.ours.server else None,
+        )
+        return replace(self, before=before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +144,7 @@ EXPORT = Contender("rbd export -", "rbd export --no-progress {pool}/{image} -", 
 EXPORT_TO_FILE = Contender(
     "rbd export", "rbd export --no-progress {pool}/{image} {target}", megabytes_per_second, copy_is_whole
 )
-OUR_EXPORT_COMMAND = f"{sys.executable} -m rbdfs export --no-progress {{pool}}/{{image}}"
+OUR_EXPORT_COMMAND = f"{RBDFS_COMMAND} export --no-progress {{pool}}/{{image}}"
 OUR_EXPORT = Contender("rbdfs export -", f"{OUR_EXPORT_COMMAND} -", megabytes_per_second)
 OUR_EXPORT_TO_FILE = Contender("rbdfs export", f"{OUR_EXPORT_COMMAND} {{target}}", megabytes_per_second, copy_is_whole)
 QEMU_IMG = Contender(
@@ -128,12 +156,16 @@ RBD_BENCH = Contender(
     rbd_bench_megabytes_per_second,
 )
 FIO_4M = Contender("fio rbd engine", f"{FIO_RBD} --rw=read --bs=4M --iodepth=10", fio_megabytes_per_second)
+START_MOUNT = replace(_through(RBDFS, "stat {file}", nothing, seconds_with_mount), images=(EMPTY,))
 THIN_CP = replace(_cp(RBDFS), figure=seconds, check=copy_is_thin, images=(THIN,), needs_holes=True)
 
 
 def _fio_rbd_randread(depth: int) -> Contender:
     return Contender("fio rbd engine", f"{FIO_RBD} --rw=randread --bs=4k --iodepth={depth}", fio_iops)
 
+
+RANDREAD_BARS = ((1, 0.8, 1.0), (16, 0.9, 1.1))
+"""Jobs, the least ratio, and the aim."""
 
 CASES: Sequence[Case] = (
     Case(
@@ -166,6 +198,13 @@ CASES: Sequence[Case] = (
         aim=1.3,
         context=(replace(QEMU_IMG, figure=megabytes_per_second), _cp(QEMU_STORAGE_DAEMON)),
     ),
+    Case(
+        "cp-tmpfs",
+        "cp to a file on tmpfs",
+        Unit.RATE,
+        replace(_cp(RBDFS), to_memory=True),
+        replace(EXPORT_TO_FILE, to_memory=True),
+    ),
     *(
         Case(f"dd-{size}", f"dd bs={size}, cold", Unit.RATE, _dd(RBDFS, options), _dd(RBD_FUSE, options), 1.5, 3)
         for size, options in (("512", "bs=512"), ("4k", "bs=4k"), ("64k", "bs=64k"))
@@ -179,18 +218,23 @@ CASES: Sequence[Case] = (
             Unit.IOPS,
             _randread(RBDFS, jobs),
             _randread(RBD_FUSE, jobs),
-            bar=0.9,
-            aim=1.2,
+            bar,
+            aim,
             context=(_randread(QEMU_STORAGE_DAEMON, jobs), _fio_rbd_randread(jobs)),
         )
-        for jobs in (1, 16)
+        for jobs, bar, aim in RANDREAD_BARS
     ),
-    Case(
-        "randread-1-buffered",
-        "fio randread 4k, 1 job, page cache, cold",
-        Unit.IOPS,
-        _randread(RBDFS, 1, direct=False),
-        _randread(RBD_FUSE, 1, direct=False),
+    *(
+        Case(
+            f"randread-{jobs}-buffered",
+            f"fio randread 4k, {jobs} job{'s' * (jobs > 1)}, page cache, cold",
+            Unit.IOPS,
+            _randread(RBDFS, jobs, direct=False),
+            _randread(RBD_FUSE, jobs, direct=False),
+            bar,
+            aim,
+        )
+        for jobs, bar, aim in RANDREAD_BARS
     ),
     Case(
         "second-read",
@@ -290,5 +334,23 @@ CASES: Sequence[Case] = (
         replace(EXPORT_TO_FILE, figure=peak_rss_megabytes),
         bar=1 / 0.7,
         aim=2,
+    ),
+    Case(
+        "start-export",
+        "rbdfs export - of an empty image",
+        Unit.SECONDS,
+        replace(OUR_EXPORT, figure=seconds, images=(EMPTY,)),
+        Limit(0.18),
+        bar=1.0,
+        context=(replace(EXPORT, figure=seconds, images=(EMPTY,)),),
+    ),
+    Case(
+        "start-mount",
+        "rbdfs mount, until stat of an image is answered",
+        Unit.SECONDS,
+        START_MOUNT,
+        Limit(0.25),
+        bar=1.0,
+        context=(replace(START_MOUNT, name=SERVER_NAMES[RBD_FUSE], server=RBD_FUSE),),
     ),
 )

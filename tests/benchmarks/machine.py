@@ -44,6 +44,16 @@ class Machine:
     versions: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Another rbdfs, in the virtual environment of an earlier checkout."""
+
+    python: str
+    """Its interpreter."""
+    checkout: Path
+    description: str
+
+
 def this_machine() -> Machine:
     """Ask this one."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -54,7 +64,7 @@ def this_machine() -> Machine:
         memory_gib=round(memory_bytes / GIB),
         kernel=platform.release(),
         load=round(os.getloadavg()[0], 1),
-        commit=_said(f"git -C {CHECKOUT} describe --always --dirty") or "not committed",
+        commit=_commit(CHECKOUT),
         versions={
             "rbdfs": __version__,
             "python": platform.python_version(),
@@ -63,6 +73,30 @@ def this_machine() -> Machine:
         }
         | {name: _version(command) for name, command in VERSION_COMMANDS.items()},
     )
+
+
+def baseline_at(python: str) -> Baseline:
+    """Ask the interpreter of another rbdfs. Raises ValueError if it has none, or has this one."""
+    program = os.path.abspath(python)  # noqa: PTH100  (not what a virtual environment's symlink leads to)
+    ask = (program, "-I", "-c", "import rbdfs; print(rbdfs.__version__, rbdfs.__file__)")
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"{python} does not run an rbdfs") from error
+    version, _, package = done.stdout.strip().partition(" ")
+    checkout = Path(package).resolve().parent.parent
+    if checkout == CHECKOUT:
+        raise ValueError(f"{python} runs this very checkout")
+    return Baseline(program, checkout, f"rbdfs {version} of {checkout}, commit {_commit(checkout)}")
+
+
+def write_bytecode(python: str, checkout: Path) -> None:
+    """As an installation does. Where PYTHONDONTWRITEBYTECODE is set, a checkout would be compiled at each start."""
+    subprocess.run((python, "-I", "-m", "compileall", "-q", checkout / "rbdfs"), check=False)
+
+
+def _commit(checkout: Path) -> str:
+    return _said(f"git -C {checkout} describe --always --dirty") or "not committed"
 
 
 def _cpu() -> str:

@@ -9,6 +9,7 @@ import select
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ TIMEOUT_SECONDS = 300.0
 """For one command; what takes longer has lost."""
 DISK_BLOCK = 512
 """What st_blocks counts in."""
+TMPFS = Path("/dev/shm")  # noqa: S108  (in a folder of our own there)
+"""A tmpfs that is there on every Linux, and for which nobody has to be root."""
 ALLOCATION_TOLERANCE = 0.01
 """A copy of a thin image takes as much disk as the image does, but for this."""
 
@@ -57,6 +60,7 @@ class Run:
     outputs: Sequence[str]
     errors: Sequence[str]
     site: Site
+    mount: Served | None
     peak_rss_bytes: int
     """Of the command that had the most memory."""
 
@@ -79,6 +83,11 @@ def megabytes_per_second(run: Run) -> float:
 def seconds(run: Run) -> float:
     """From the start of the first command to the end of the last."""
     return run.seconds
+
+
+def seconds_with_mount(run: Run) -> float:
+    """From the start of the command that mounts to the end of the last that reads, but for what is done between."""
+    return run.seconds + (run.mount.start_seconds if run.mount else 0.0)
 
 
 def cpu_seconds_per_gb(run: Run) -> float:
@@ -185,6 +194,8 @@ class Contender:
     """Whether the network is slow (site.LATENCY)."""
     needs_holes: bool = False
     """Not tried if the mount says that the image is full: 100 GiB would be copied."""
+    to_memory: bool = False
+    """Whether {target} is on a tmpfs, and not on the disk of the cluster."""
 
     @property
     def missing(self) -> str:
@@ -219,7 +230,7 @@ def measure(site: Site, contender: Contender) -> Sample:
                 _expect_holes(mount.file(image))
         for _ in range(contender.rehearsals):
             _run(site, contender, conf, images, mount)
-        with _room_for(site, images) as targets:
+        with _room_for(site, images, to_memory=contender.to_memory) as targets:
             run = _run(site, contender, conf, images, mount, targets)
             contender.check(run)
         return Sample(contender.figure(run), run.seconds, run.cpu_seconds, mount.peak_rss_bytes if mount else None)
@@ -232,11 +243,12 @@ def _expect_holes(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _room_for(site: Site, images: Sequence[Image]) -> Iterator[Sequence[Path]]:
-    """Names for copies, on the disk of the cluster; what is there afterwards is removed."""
-    folder = site.folder / "copies"
-    folder.mkdir()
+def _room_for(site: Site, images: Sequence[Image], *, to_memory: bool) -> Iterator[Sequence[Path]]:
+    """Names for copies, on the disk of the cluster or on a tmpfs; what is there afterwards is removed."""
+    folder = Path(tempfile.mkdtemp(prefix="copies-", dir=TMPFS if to_memory else site.folder))
     try:
+        if to_memory and shutil.disk_usage(folder).free < sum(image.size for image in images):
+            raise PeerError(f"{TMPFS} is too small for a copy; try a smaller --size")
         yield [folder / image.name for image in images]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -300,6 +312,7 @@ def _run(
         [(logs / f"{number}.out").read_text() if command[-1] != "-" else "" for number, command in enumerate(commands)],
         [(logs / f"{number}.err").read_text() for number in range(len(commands))],
         site,
+        mount,
         peak_rss_bytes,
     )
     for process, said, error in zip(processes, run.outputs, run.errors, strict=True):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rbdfs.devcluster.signals import signals_blocked
@@ -39,9 +39,10 @@ class Server:
     """The mount point is a file and not a folder."""
 
 
+RBDFS_COMMAND = f"{sys.executable} -m rbdfs"
 RBDFS = Server(
     program=sys.executable,
-    command=f"{sys.executable} -m rbdfs mount --conf {{conf}} {{arguments}} {{mountpoint}}",
+    command=f"{RBDFS_COMMAND} mount --conf {{conf}} {{arguments}} {{mountpoint}}",
     file="{mountpoint}/{pool}/{image}",
 )
 RBD_FUSE = Server(
@@ -67,6 +68,8 @@ class Served:
     server: Server
     mountpoint: Path
     pid: int
+    start_seconds: float
+    """From the start of the command until the mount answered."""
 
     def file(self, image: Image) -> Path:
         """The file of an image."""
@@ -105,6 +108,7 @@ def served(server: Server, site: Site, conf: Path, image: Image) -> Iterator[Ser
         image=image.name,
         arguments=" ".join(site.rbdfs_arguments),
     ).split()
+    started_at = time.monotonic()
     try:
         started = subprocess.run(
             command,
@@ -117,13 +121,25 @@ def served(server: Server, site: Site, conf: Path, image: Image) -> Iterator[Ser
         )
         if started.returncode != 0:
             raise PeerError(f"{Path(server.program).name}: {started.stderr.strip() or 'could not be started'}")
-        wait_until(lambda: is_mounted(mountpoint), f"{server.program} has not mounted {mountpoint}")
-        yield Served(server, mountpoint, _server_pid(mountpoint))
+        wait_until(lambda: is_usable(mountpoint), f"{server.program} has not mounted {mountpoint}")
+        start_seconds = time.monotonic() - started_at
+        yield Served(server, mountpoint, _server_pid(mountpoint), start_seconds)
     except subprocess.TimeoutExpired:
         raise PeerError(f"{server.program}: did not start within {START_SECONDS:.0f} s") from None
     finally:
         with signals_blocked():
             _end(mountpoint)
+
+
+def by_baseline(command: str, python: str) -> str:
+    """Our command, run by another interpreter, with the rbdfs that is installed there."""
+    # -I: without the PYTHONPATH that names this checkout, and without the current directory.
+    return command.replace(RBDFS_COMMAND, f"{python} -I -m rbdfs")
+
+
+def baseline_server(python: str) -> Server:
+    """The mount of another rbdfs."""
+    return replace(RBDFS, program=python, command=by_baseline(RBDFS.command, python))
 
 
 def environment(conf: Path) -> Mapping[str, str]:
@@ -134,6 +150,15 @@ def environment(conf: Path) -> Mapping[str, str]:
 def is_mounted(mountpoint: Path) -> bool:
     """Whether the kernel has it."""
     return f" {mountpoint} fuse" in Path("/proc/self/mounts").read_text()
+
+
+def is_usable(mountpoint: Path) -> bool:
+    """Whether the kernel has it, and the server answers: some go to the background before they can."""
+    try:
+        mountpoint.stat()
+    except OSError:
+        return False
+    return is_mounted(mountpoint)
 
 
 def wait_until(condition: Callable[[], bool], otherwise: str) -> None:

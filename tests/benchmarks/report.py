@@ -2,11 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from tests.benchmarks.cases import MEMORY, Case
-from tests.benchmarks.machine import Machine
+from tests.benchmarks.cases import MEMORY, Case, Limit
+from tests.benchmarks.machine import Baseline, Machine
 from tests.benchmarks.measures import Contender, Sample, Unit
 
 TIMES, UNKNOWN = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -22,8 +22,13 @@ class Outcome:
     """Why there are fewer samples than rounds: the program is missing, or did not do the work."""
 
     @property
-    def median(self) -> float | None:
-        """Of the figures; none if the work was not done each time."""
+    def name(self) -> str:
+        """Whose it is."""
+        return self.contender.name
+
+    @property
+    def figure(self) -> float | None:
+        """The median of all; none if the work was not done each time."""
         return None if self.failure else statistics.median(sample.figure for sample in self.samples)
 
 
@@ -69,14 +74,17 @@ class Results:
     rounds: int
     size: int
     rbdfs_arguments: Sequence[str]
-    outcomes: Sequence[tuple[Case, Sequence[Outcome]]]
-    """Of each case its contenders, we first."""
+    outcomes: Sequence[tuple[Case, Mapping[Contender, Outcome]]]
+    baseline: Baseline | None = None
 
     @property
     def rows(self) -> Sequence[Row]:
         """We against the peer that the bar names."""
         return [
-            *(_row(case, outcomes[0], outcomes[1]) for case, outcomes in self.outcomes),
+            *(
+                _row(case, outcomes[case.ours], case.peer if isinstance(case.peer, Limit) else outcomes[case.peer])
+                for case, outcomes in self.outcomes
+            ),
             *self._memory(),
         ]
 
@@ -84,9 +92,18 @@ class Results:
     def context(self) -> Sequence[Row]:
         """We against the others."""
         return [
-            _row(case, outcomes[0], other, is_context=True)
+            _row(case, outcomes[case.ours], outcomes[other], is_context=True)
             for case, outcomes in self.outcomes
-            for other in outcomes[2:]
+            for other in case.context
+        ]
+
+    @property
+    def before(self) -> Sequence[Row]:
+        """We against the rbdfs of `--baseline`."""
+        return [
+            _row(case, outcomes[case.ours], outcomes[case.before], is_context=True)
+            for case, outcomes in self.outcomes
+            if case.before
         ]
 
     def _memory(self) -> Iterator[Row]:
@@ -94,7 +111,7 @@ class Results:
         peaks = [
             (sample.peak_rss_bytes, case.id)
             for case, outcomes in self.outcomes
-            for sample in outcomes[0].samples
+            for sample in outcomes[case.ours].samples
             if sample.peak_rss_bytes is not None
         ]
         if peaks:
@@ -103,16 +120,17 @@ class Results:
             yield Row(MEMORY.id, MEMORY.work, against, MEMORY.unit, peak / 1e6, MEMORY.limit, MEMORY.bar, MEMORY.aim)
 
 
-def _row(case: Case, ours: Outcome, theirs: Outcome, *, is_context: bool = False) -> Row:
-    notes = [f"{outcome.contender.name}: {outcome.failure}" for outcome in (ours, theirs) if outcome.failure]
+def _row(case: Case, ours: Outcome, theirs: Outcome | Limit, *, is_context: bool = False) -> Row:
+    outcomes = [each for each in (ours, theirs) if isinstance(each, Outcome)]
+    notes = [f"{outcome.name}: {outcome.failure}" for outcome in outcomes if outcome.failure]
     bar, aim = (None, None) if is_context else (case.bar, case.aim)
     return Row(
         case.id,
         case.work,
-        theirs.contender.name,
+        theirs.name,
         case.unit,
-        ours.median,
-        theirs.median,
+        ours.figure,
+        theirs.figure,
         bar,
         aim,
         bool(ours.failure),
@@ -128,18 +146,20 @@ def as_json(results: Results) -> str:
             "rounds": results.rounds,
             "size": results.size,
             "rbdfs_arguments": list(results.rbdfs_arguments),
+            "baseline": results.baseline.description if results.baseline else None,
             "rows": [_plain_row(row) for row in results.rows],
             "context": [_plain_row(row) for row in results.context],
+            "before": [_plain_row(row) for row in results.before],
             "measurements": [
                 {
                     "case": case.id,
-                    "contender": outcome.contender.name,
+                    "contender": outcome.name,
                     "command": outcome.contender.command,
                     "failure": outcome.failure,
                     "samples": [asdict(sample) for sample in outcome.samples],
                 }
                 for case, outcomes in results.outcomes
-                for outcome in outcomes
+                for outcome in outcomes.values()
             ],
         },
         indent=1,
@@ -181,15 +201,18 @@ def _markdown(results: Results) -> Iterator[str]:
             for row in results.rows
         ],
     )
-    if results.context:
-        yield ""
-        yield "Others, without a bar:"
-        yield ""
-        yield from _table(
-            ["work", "against", "rbdfs", "peer", "ratio"],
-            [[row.work, row.against, *_figures(row)] for row in results.context],
-        )
-    if notes := dict.fromkeys(f"- {row.id}: {row.note}" for row in (*results.rows, *results.context) if row.note):
+    before = f"Before: {results.baseline.description}" if results.baseline else ""
+    for title, rows in (("Others, without a bar", results.context), (before, results.before)):
+        if rows:
+            yield ""
+            yield f"{title}:"
+            yield ""
+            yield from _table(
+                ["work", "against", "rbdfs", "peer", "ratio"],
+                [[row.work, row.against, *_figures(row)] for row in rows],
+            )
+    all_rows = (*results.rows, *results.context, *results.before)
+    if notes := dict.fromkeys(f"- {row.id}: {row.note}" for row in all_rows if row.note):
         yield ""
         yield "Without a figure:"
         yield ""

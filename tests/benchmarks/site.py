@@ -27,6 +27,8 @@ QUARTERS = ("quarter0", "quarter1", "quarter2", "quarter3")
 FITS = "fits"
 """Random bytes that the cache can hold, next to what is in flight."""
 FITS_BYTES = 192 * MIB
+EMPTY = "empty"
+"""No bytes at all: what reads it only starts up."""
 THIN = "thin"
 """What a virtual machine's image is like: 100 GiB, of which 10 objects exist. In a pool of its own."""
 THIN_BYTES = 100 * GIB
@@ -112,7 +114,7 @@ def _make(ceph: Ceph, name: str, size: int) -> Iterator[Image]:
             list(threads.map(create, (f"many{number}" for number in range(MANY_COUNT))))
         yield Image(MANY_POOL, MANY, 10 * GIB, 0, "")
     else:
-        yield _make_full(ceph, name, {BIG: size, FITS: FITS_BYTES}.get(name, size // len(QUARTERS)))
+        yield _make_full(ceph, name, {BIG: size, FITS: FITS_BYTES, EMPTY: 0}.get(name, size // len(QUARTERS)))
 
 
 def _make_full(ceph: Ceph, name: str, size: int) -> Image:

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbdfs.errors import ReadError
-from rbdfs.image.held_blocks import BLOCK_BYTES
-from rbdfs.image.object_cache import MISS_ALIGNMENT, CachedImage, ObjectCache
+from rbdfs.image.cache import MISS_ALIGNMENT, CachedImage, ObjectCache
 from rbdfs.image.striper import Layout
 from rbdfs.image.throttle import Throttle
-from tests.fake_source import FakeSource
-from tests.in_trio import in_trio
+from tests.fake_backend import FakeBackend
+from tests.in_trio import answer, in_trio
 
 KIB = 1024
 
@@ -24,58 +23,58 @@ KIB = 1024
 class Setup:
     """A cache over one image."""
 
-    def __init__(self, size: int = 256 * KIB, budget: int = 1 << 20, source: FakeSource | None = None) -> None:
+    def __init__(self, size: int = 256 * KIB, budget: int = 1 << 20, backend: FakeBackend | None = None) -> None:
         content = bytearray(random.Random(size).randbytes(size))
-        self.source = source or FakeSource(content, object_size=16 * KIB)
+        self.backend = backend or FakeBackend(content, object_size=16 * KIB)
         self.throttle = Throttle(64, 1 << 30)
         self.cache = ObjectCache(budget, self.throttle)
-        layout = Layout(self.source.object_size, self.source.stripe_unit, self.source.stripe_count)
-        self.image = CachedImage(self.source, layout)
+        layout = Layout(self.backend.object_size, self.backend.stripe_unit, self.backend.stripe_count)
+        self.image = CachedImage(self.backend, layout)
 
     async def check(self, offset: int, length: int) -> None:
-        data = await self.cache.read(self.image, offset, length)
-        assert bytes(data) == self.source.content[offset : offset + length]
+        data = await answer(partial(self.cache.start_read, self.image, offset, length))
+        assert bytes(data) == self.backend.content[offset : offset + length]
 
 
 @in_trio
 async def test_a_second_read_asks_nothing_of_the_cluster_and_copies_nothing() -> None:
     setup = Setup()
     await setup.check(0, 8 * KIB)
-    data = await setup.cache.read(setup.image, 4 * KIB, 4 * KIB)
+    data = await answer(partial(setup.cache.start_read, setup.image, 4 * KIB, 4 * KIB))
     assert isinstance(data, memoryview)
-    assert len(setup.source.aios) == 1
+    assert len(setup.backend.aios) == 1
     assert setup.cache.counts.copied_bytes == 0
 
 
 @in_trio
 async def test_two_readers_of_one_object_cause_one_aio() -> None:
     setup = Setup()
-    setup.source.hold = True
+    setup.backend.hold = True
     async with trio.open_nursery() as nursery:
         for _ in range(2):
             nursery.start_soon(setup.check, 0, 16 * KIB)
         await trio.testing.wait_all_tasks_blocked()
-        assert len(setup.source.aios) == 1
-        setup.source.release()
+        assert len(setup.backend.aios) == 1
+        setup.backend.release()
 
 
 @in_trio
 async def test_a_reader_waits_for_what_is_read_ahead_already() -> None:
     setup = Setup()
-    setup.source.hold = True
+    setup.backend.hold = True
     setup.cache.prefetch(setup.image, 0, 64 * KIB)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(setup.check, 20 * KIB, 8 * KIB)
         await trio.testing.wait_all_tasks_blocked()
-        setup.source.release()
-    assert [(aio.offset, aio.length) for aio in setup.source.aios] == [(0, 64 * KIB)]
+        setup.backend.release()
+    assert [(aio.offset, aio.length) for aio in setup.backend.aios] == [(0, 64 * KIB)]
 
 
 @in_trio
 async def test_extents_that_touch_are_one_aio_also_over_objects() -> None:
     setup = Setup()
     await setup.check(8 * KIB, 40 * KIB)
-    assert [(aio.offset, aio.length) for aio in setup.source.aios] == [(8 * KIB, 40 * KIB)]
+    assert [(aio.offset, aio.length) for aio in setup.backend.aios] == [(8 * KIB, 40 * KIB)]
 
 
 @in_trio
@@ -84,21 +83,21 @@ async def test_only_what_is_missing_is_fetched() -> None:
     await setup.check(16 * KIB, 4 * KIB)
     await setup.check(28 * KIB, 8 * KIB)
     await setup.check(8 * KIB, 40 * KIB)
-    assert [(aio.offset // KIB, aio.length // KIB) for aio in setup.source.aios[2:]] == [(8, 8), (20, 8), (36, 12)]
+    assert [(aio.offset // KIB, aio.length // KIB) for aio in setup.backend.aios[2:]] == [(8, 8), (20, 8), (36, 12)]
 
 
 @in_trio
 async def test_a_small_random_read_fetches_no_more_than_the_blocks_that_it_touches() -> None:
     setup = Setup()
     await setup.check(10 * KIB + 1, 4 * KIB)
-    assert [(aio.offset, aio.length) for aio in setup.source.aios] == [(8 * KIB, 2 * MISS_ALIGNMENT)]
+    assert [(aio.offset, aio.length) for aio in setup.backend.aios] == [(8 * KIB, 2 * MISS_ALIGNMENT)]
 
 
 @in_trio
 async def test_a_miss_is_not_rounded_out_beyond_the_end_of_the_image() -> None:
     setup = Setup(size=10 * KIB + 7)
     await setup.check(10 * KIB, 7)
-    assert [(aio.offset, aio.length) for aio in setup.source.aios] == [(8 * KIB, 2 * KIB + 7)]
+    assert [(aio.offset, aio.length) for aio in setup.backend.aios] == [(8 * KIB, 2 * KIB + 7)]
 
 
 @in_trio
@@ -108,26 +107,26 @@ async def test_the_budget_holds_and_the_longest_unused_goes_first() -> None:
         await setup.check(offset, 16 * KIB)
     await setup.check(0, 16 * KIB)
     await setup.check(64 * KIB, 16 * KIB)
-    assert setup.cache.held_bytes == 64 * KIB
+    assert setup.cache.cached_bytes == 64 * KIB
     assert setup.cache.counts.evictions == 1
-    asked = len(setup.source.aios)
+    asked = len(setup.backend.aios)
     await setup.check(0, 16 * KIB)
-    assert len(setup.source.aios) == asked
+    assert len(setup.backend.aios) == asked
     await setup.check(16 * KIB, 16 * KIB)
-    assert len(setup.source.aios) == asked + 1
+    assert len(setup.backend.aios) == asked + 1
 
 
 @in_trio
 async def test_what_is_in_flight_counts_towards_the_budget() -> None:
     setup = Setup(budget=64 * KIB)
-    setup.source.hold = True
+    setup.backend.hold = True
     for offset in range(0, 256 * KIB, 16 * KIB):
         setup.cache.prefetch(setup.image, offset, 16 * KIB)
-    assert len(setup.source.held) == 2
-    while setup.source.held:
-        assert setup.cache.held_bytes <= 64 * KIB
-        setup.source.release(1)
-    assert len(setup.source.aios) == 16
+    assert len(setup.backend.held) == 2
+    while setup.backend.held:
+        assert setup.cache.cached_bytes <= 64 * KIB
+        setup.backend.release(1)
+    assert len(setup.backend.aios) == 16
 
 
 @in_trio
@@ -136,8 +135,8 @@ async def test_without_a_budget_nothing_is_kept() -> None:
     setup.cache.prefetch(setup.image, 0, 16 * KIB)
     await setup.check(100, 200)
     await setup.check(100, 200)
-    assert [(aio.offset, aio.length) for aio in setup.source.aios] == [(100, 200)] * 2
-    assert setup.cache.held_bytes == 0
+    assert [(aio.offset, aio.length) for aio in setup.backend.aios] == [(100, 200)] * 2
+    assert setup.cache.cached_bytes == 0
 
 
 @in_trio
@@ -150,83 +149,63 @@ async def test_a_read_larger_than_the_budget_is_still_whole() -> None:
 @in_trio
 async def test_an_error_reaches_all_who_wait_and_the_next_read_tries_anew() -> None:
     setup = Setup()
-    setup.source.fail_with = errno.EIO
+    setup.backend.fail_with = errno.EIO
     failed = []
 
     async def reader() -> None:
         with pytest.raises(ReadError) as caught:
-            await setup.cache.read(setup.image, 0, 4 * KIB)
+            await answer(partial(setup.cache.start_read, setup.image, 0, 4 * KIB))
         failed.append(caught.value.errno)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reader)
         nursery.start_soon(reader)
     assert failed == [errno.EIO] * 2
-    assert len(setup.source.aios) == 1
-    assert setup.cache.held_bytes == 0
-    setup.source.fail_with = 0
+    assert len(setup.backend.aios) == 1
+    assert setup.cache.cached_bytes == 0
+    setup.backend.fail_with = 0
     await setup.check(0, 4 * KIB)
 
 
 @in_trio
 async def test_a_cancelled_reader_leaves_the_aio_to_finish_for_the_next() -> None:
     setup = Setup()
-    setup.source.hold = True
+    setup.backend.hold = True
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(setup.cache.read, setup.image, 0, 4 * KIB))
+        nursery.start_soon(setup.check, 0, 4 * KIB)
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-    setup.source.release()
+    setup.backend.release()
     await setup.check(0, 4 * KIB)
-    assert len(setup.source.aios) == 1
+    assert len(setup.backend.aios) == 1
 
 
 @in_trio
 async def test_what_is_forgotten_answers_no_more_but_still_reaches_who_waits() -> None:
     setup = Setup()
     await setup.check(0, 16 * KIB)
-    setup.source.hold = True
+    setup.backend.hold = True
     async with trio.open_nursery() as nursery:
         nursery.start_soon(setup.check, 32 * KIB, 16 * KIB)
         await trio.testing.wait_all_tasks_blocked()
         setup.cache.forget(setup.image)
-        setup.source.release()
-    assert setup.cache.held_bytes == 0
-    setup.source.hold = False
+        setup.backend.release()
+    assert setup.cache.cached_bytes == 0
+    setup.backend.hold = False
     await setup.check(0, 16 * KIB)
-    assert len(setup.source.aios) == 3
+    assert len(setup.backend.aios) == 3
 
 
 @in_trio
 async def test_readahead_that_waits_is_dropped_with_its_image() -> None:
     setup = Setup(budget=64 * KIB)
-    setup.source.hold = True
+    setup.backend.hold = True
     for offset in range(0, 128 * KIB, 16 * KIB):
         setup.cache.prefetch(setup.image, offset, 16 * KIB)
     setup.cache.forget(setup.image)
-    setup.source.release()
-    assert len(setup.source.aios) == 2
-    assert setup.cache.held_bytes == 0
-
-
-@in_trio
-async def test_which_blocks_are_held_follows_what_is_fetched_and_evicted() -> None:
-    setup = Setup(budget=64 * KIB)
-    await setup.check(0, 8 * KIB)
-    held = setup.image.held_blocks()
-    assert held.counts[0] == 1
-    chance = random.Random(4)
-    for _ in range(100):
-        offset = chance.randrange(256 * KIB)
-        await setup.check(offset, min(chance.choice([100, 4 * KIB, 70 * KIB]), 256 * KIB - offset))
-        fetches = setup.image.fetches()
-        for block in range(4):
-            start = block * BLOCK_BYTES
-            touching = [f for f in fetches if f.offset < start + BLOCK_BYTES and start < f.offset + f.length]
-            assert held.counts[block] == len(touching)
-    assert setup.cache.counts.evictions > 0
-    setup.cache.forget(setup.image)
-    assert not any(held.counts)
+    setup.backend.release()
+    assert len(setup.backend.aios) == 2
+    assert setup.cache.cached_bytes == 0
 
 
 READS = st.lists(st.tuples(st.booleans(), st.integers(0, 99_999), st.integers(1, 30_000)), max_size=40)
@@ -239,8 +218,8 @@ def test_any_reads_and_readahead_give_the_bytes_of_the_image(
     reads: list[tuple[bool, int, int]], layout: tuple[int, int, int], budget: int
 ) -> None:
     content = bytearray(random.Random(1).randbytes(100_000))
-    source = FakeSource(content, object_size=layout[0], stripe_unit=layout[1], stripe_count=layout[2])
-    setup = Setup(budget=budget, source=source)
+    backend = FakeBackend(content, object_size=layout[0], stripe_unit=layout[1], stripe_count=layout[2])
+    setup = Setup(budget=budget, backend=backend)
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
@@ -253,4 +232,4 @@ def test_any_reads_and_readahead_give_the_bytes_of_the_image(
                     await trio.lowlevel.checkpoint()
 
     trio.run(run)
-    assert setup.cache.held_bytes <= max(budget, 0)
+    assert setup.cache.cached_bytes <= max(budget, 0)

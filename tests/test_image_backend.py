@@ -1,4 +1,4 @@
-"""One contract for what `image/` needs of the cluster: the fake passes it, and a real image does, read either way."""
+"""One contract for what `image/` needs of the cluster: the fake passes it, and a real image does."""
 
 import contextlib
 import errno
@@ -10,88 +10,82 @@ import rbd
 import trio
 
 import rbdfs.ceph.cluster
-from rbdfs.catalog import Namespace
-from rbdfs.ceph.aio import Answer, ReadHandle
+from rbdfs.catalog import ImageRef, Namespace
+from rbdfs.ceph.aio import LibrbdImage
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.librados import Ioctx
 from rbdfs.errors import BeyondEndError, RbdfsError
-from rbdfs.image.source import ImageSource, ReadResult
+from rbdfs.image.backend import ImageBackend, ReadResult
 from rbdfs.spec import ImageSpec
 from tests.ceph import READ_ONLY_CAPS, Ceph, random_bytes
-from tests.fake_source import FakeSource
+from tests.fake_backend import FakeBackend
 from tests.in_trio import in_trio
 
 SIZE, OBJECT_SIZE, UNIT, COUNT = 1_000_001, 1 << 16, 1 << 14, 3
 CONTENT = random_bytes(SIZE, seed=17)
 
-OpenSource = Callable[[], AbstractAsyncContextManager[ImageSource]]
+OpenBackend = Callable[[], AbstractAsyncContextManager[ImageBackend]]
 
 
-def real(ceph: Ceph, **options: object) -> OpenSource:
+def real(ceph: Ceph, **options: object) -> OpenBackend:
     """Opens a real image, each time a new one."""
 
     @contextlib.asynccontextmanager
-    async def open_source() -> AsyncIterator[ImageSource]:
+    async def open_backend() -> AsyncIterator[ImageBackend]:
         name = ceph.unique("contract")
         ceph.make_image(name, CONTENT, OBJECT_SIZE, stripe_unit=UNIT, stripe_count=COUNT)
         cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf, **options))  # type: ignore[arg-type]
         try:
             pool = await cluster.pool("rbd")
-            source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(Namespace(pool), name))
+            backend = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(Namespace(pool), name))
             try:
-                yield source
+                yield backend
             finally:
-                await source.close()
+                await backend.close()
         finally:
             await cluster.aclose()
 
-    return open_source
+    return open_backend
 
 
 @contextlib.asynccontextmanager
-async def fake() -> AsyncIterator[ImageSource]:
+async def fake() -> AsyncIterator[ImageBackend]:
     """Opens the fake."""
-    source = FakeSource(bytearray(CONTENT), OBJECT_SIZE, UNIT, COUNT)
+    backend = FakeBackend(bytearray(CONTENT), OBJECT_SIZE, UNIT, COUNT)
     try:
-        yield source
+        yield backend
     finally:
-        await source.close()
+        await backend.close()
 
 
-@pytest.fixture(params=["fake", "events", "callbacks", "events, read-only caps", "callbacks, read-only caps"])
-def open_source(request: pytest.FixtureRequest) -> OpenSource:
+@pytest.fixture(params=["fake", "real", "real, read-only caps"])
+def open_backend(request: pytest.FixtureRequest) -> OpenBackend:
     """What the contract is about."""
     if request.param == "fake":
         return fake
     ceph: Ceph = request.getfixturevalue("ceph")
-    options: dict[str, object] = {"events": request.param.startswith("events")}
+    options: dict[str, object] = {}
     if request.param.endswith("caps"):
         name = ceph.unique("contractkey")
         options |= {"name": f"client.{name}", "keyring": ceph.make_key(name, *READ_ONLY_CAPS)}
     return real(ceph, **options)
 
 
-async def read(source: ImageSource, offset: int, length: int) -> ReadResult:
+async def read(backend: ImageBackend, offset: int, length: int) -> ReadResult:
     """One read, waited for."""
     results: list[ReadResult] = []
     done = trio.Event()
 
-    def oncomplete(result: ReadResult) -> None:
+    def callback(result: ReadResult) -> None:
         results.append(result)
         done.set()
 
-    source.aio_read(offset, length, oncomplete)
-    assert results == [], "oncomplete was called at once"
+    backend.start_read(offset, length, callback)
+    assert results == [], "callback was called at once"
     await done.wait()
     return results[0]
-
-
-async def settle(source: ImageSource, offset: int, length: int, result: int, data: bytes) -> ReadResult:
-    """The same for a read that was made without Python."""
-    answer: Answer[ReadResult] = Answer()
-    source.settle(offset, length, result, data, answer.give)
-    return await answer.get()
 
 
 def as_bytes(result: ReadResult) -> bytes:
@@ -101,37 +95,26 @@ def as_bytes(result: ReadResult) -> bytes:
 
 
 @in_trio
-async def test_it_knows_its_size_and_layout(open_source: OpenSource) -> None:
-    async with open_source() as source:
-        assert (source.size, source.object_size) == (SIZE, OBJECT_SIZE)
-        assert (source.stripe_unit, source.stripe_count) == (UNIT, COUNT)
-        assert await source.refresh() == SIZE
+async def test_it_knows_its_size_and_layout(open_backend: OpenBackend) -> None:
+    async with open_backend() as backend:
+        assert (backend.size, backend.object_size) == (SIZE, OBJECT_SIZE)
+        assert (backend.stripe_unit, backend.stripe_count) == (UNIT, COUNT)
+        assert await backend.refresh() == SIZE
 
 
 @in_trio
-async def test_a_read_is_exactly_the_bytes_that_were_asked_for(open_source: OpenSource) -> None:
-    async with open_source() as source:
+async def test_a_read_is_exactly_the_bytes_that_were_asked_for(open_backend: OpenBackend) -> None:
+    async with open_backend() as backend:
         for offset, length in [(0, 1), (0, SIZE), (SIZE - 1, 1), (12_345, 300_000), (OBJECT_SIZE - 1, 2)]:
-            assert as_bytes(await read(source, offset, length)) == CONTENT[offset : offset + length]
+            assert as_bytes(await read(backend, offset, length)) == CONTENT[offset : offset + length]
 
 
 @in_trio
-async def test_what_was_read_without_python_is_settled_as_any_read(open_source: OpenSource) -> None:
-    async with open_source() as source:
-        assert as_bytes(await settle(source, 100, 4, 4, b"data")) == b"data"
-        assert as_bytes(await settle(source, 100, 4, 4, bytes(4))) == bytes(4)  # after a look
-        assert isinstance(await settle(source, 100, 4, 2, b"da"), BeyondEndError)
-        failed = await settle(source, 100, 4, -errno.EPERM, b"")
-        assert isinstance(failed, RbdfsError)
-        assert failed.errno == errno.EPERM
-
-
-@in_trio
-async def test_many_reads_at_once_each_get_their_own(open_source: OpenSource) -> None:
-    async with open_source() as source, trio.open_nursery() as nursery:
+async def test_many_reads_at_once_each_get_their_own(open_backend: OpenBackend) -> None:
+    async with open_backend() as backend, trio.open_nursery() as nursery:
 
         async def check(offset: int) -> None:
-            assert as_bytes(await read(source, offset, 4096)) == CONTENT[offset : offset + 4096]
+            assert as_bytes(await read(backend, offset, 4096)) == CONTENT[offset : offset + 4096]
 
         for i in range(200):
             nursery.start_soon(check, i * 4999)
@@ -140,46 +123,46 @@ async def test_many_reads_at_once_each_get_their_own(open_source: OpenSource) ->
 @pytest.mark.parametrize(("offset", "length"), [(SIZE, 1), (SIZE - 1, 2), (SIZE + 10_000_000, 4096), (0, SIZE + 1)])
 @in_trio
 async def test_a_read_beyond_the_end_is_an_error_and_never_short(
-    open_source: OpenSource, offset: int, length: int
+    open_backend: OpenBackend, offset: int, length: int
 ) -> None:
-    async with open_source() as source:
-        assert isinstance(await read(source, offset, length), BeyondEndError)
+    async with open_backend() as backend:
+        assert isinstance(await read(backend, offset, length), BeyondEndError)
 
 
 @in_trio
-async def test_close_waits_for_reads_in_flight(open_source: OpenSource) -> None:
+async def test_close_waits_for_reads_in_flight(open_backend: OpenBackend) -> None:
     results: list[ReadResult] = []
-    async with open_source() as source:
+    async with open_backend() as backend:
         for i in range(20):
-            source.aio_read(i * 4096, 4096, results.append)
+            backend.start_read(i * 4096, 4096, results.append)
     assert {as_bytes(result) for result in results} == {CONTENT[i * 4096 : (i + 1) * 4096] for i in range(20)}
 
 
 @in_trio
-async def test_the_write_version_stays_while_nobody_writes(open_source: OpenSource) -> None:
-    async with open_source() as source:
-        version = await source.write_version()
+async def test_the_write_version_stays_while_nobody_writes(open_backend: OpenBackend) -> None:
+    async with open_backend() as backend:
+        version = await backend.write_version()
         assert version is not None
-        await read(source, 0, 4096)
-        assert await source.write_version() == version
+        await read(backend, 0, 4096)
+        assert await backend.write_version() == version
 
 
 @in_trio
 async def test_the_write_version_changes_with_a_write_and_is_unknown_while_somebody_may_write(ceph: Ceph) -> None:
-    async with real(ceph)() as source:
-        assert not isinstance(source, FakeSource)
-        name = source.spec.image  # type: ignore[attr-defined]
-        before = await source.write_version()
+    async with real(ceph)() as backend:
+        assert not isinstance(backend, FakeBackend)
+        name = backend.spec.image  # type: ignore[attr-defined]
+        before = await backend.write_version()
         ceph.write_image(name, b"written")
-        after = await source.write_version()
+        after = await backend.write_version()
         assert before != after
         assert after is not None
         with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as writer:
             writer.write(b"again", 0)
-            assert await source.write_version() is None
+            assert await backend.write_version() is None
             writer.write(b"and again", 0)
-            assert await source.write_version() is None
-        assert await source.write_version() not in (None, before, after)
+            assert await backend.write_version() is None
+        assert await backend.write_version() not in (None, before, after)
 
 
 @in_trio
@@ -189,9 +172,9 @@ async def test_without_the_exclusive_lock_feature_there_is_no_promise(ceph: Ceph
     cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf))
     try:
         pool = await cluster.pool("rbd")
-        source = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(Namespace(pool), name))
-        assert await source.write_version() is None
-        await source.close()
+        backend = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(Namespace(pool), name))
+        assert await backend.write_version() is None
+        await backend.close()
     finally:
         await cluster.aclose()
 
@@ -225,28 +208,27 @@ class Counted:
 
     async def content(self, name: str, snapshot: str | None = None) -> bytes:
         """All of it, as a reader gets it who opens, reads and closes."""
-        source = await self.open(name, snapshot)
+        backend = await self.open(name, snapshot)
         try:
-            return as_bytes(await read(source, 0, source.size))
+            return as_bytes(await read(backend, 0, backend.size))
         finally:
-            await source.close()
+            await backend.close()
 
 
 WithCounted = Callable[[], AbstractAsyncContextManager[Counted]]
 
 
-@pytest.fixture(params=["EventImage", "CallbackImage"])
-def counted(request: pytest.FixtureRequest, ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> WithCounted:
-    """Connects, with either way of reads; what was opened must be closed before the end of the connection."""
-    kind: Callable[..., ReadHandle] = getattr(rbdfs.ceph.cluster, request.param)
+@pytest.fixture
+def counted(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> WithCounted:
+    """Connects; what was opened must be closed before the end of the connection."""
 
     @contextlib.asynccontextmanager
     async def connected() -> AsyncIterator[Counted]:
-        cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf, events=request.param == "EventImage"))
+        cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf))
         counts = Counted(cluster, Namespace(await cluster.pool("rbd")))
 
-        def open_counted(*args: object) -> ReadHandle:
-            handle = kind(*args)
+        def open_counted(ioctx: Ioctx, image: ImageRef) -> LibrbdImage:
+            handle = LibrbdImage(ioctx, image)
             close = handle.aclose
 
             async def close_counted() -> None:
@@ -257,7 +239,7 @@ def counted(request: pytest.FixtureRequest, ceph: Ceph, monkeypatch: pytest.Monk
             counts.opens += 1
             return handle
 
-        monkeypatch.setattr(rbdfs.ceph.cluster, request.param, open_counted)
+        monkeypatch.setattr(rbdfs.ceph.cluster, "LibrbdImage", open_counted)
         try:
             yield counts
         finally:
@@ -314,8 +296,8 @@ async def test_what_others_did_since_the_close_is_seen_at_the_next_open(ceph: Ce
             with rbd.Image(ioctx, name) as image:
                 image.rollback_to_snap("s")
             assert await counts.content(name) == CONTENT[: SIZE // 2]
-            source = await counts.open(name, "s")
-            await source.close()
+            backend = await counts.open(name, "s")
+            await backend.close()
             snapshot = await counts.cluster.snapshot(await counts.cluster.image(counts.namespace, name), "s")
             with rbd.Image(ioctx, name) as image:
                 image.remove_snap("s")

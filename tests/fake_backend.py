@@ -1,4 +1,4 @@
-"""An `ImageSource` in memory. test_image_source.py holds it to the same contract as the real one."""
+"""An `ImageBackend` in memory. test_image_backend.py holds it to the same contract as the real one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
-from rbdfs.image.source import OnComplete
-from rbdfs.shortcut import RawImage, Shortcut
+from rbdfs.image.backend import OnRead
 
 
 @dataclass
@@ -20,7 +19,7 @@ class Aio:
 
 
 @dataclass
-class FakeSource:
+class FakeBackend:
     """Completions come at trio's next turn, as the real ones; with `hold`, when `release` says so."""
 
     content: bytearray
@@ -32,7 +31,8 @@ class FakeSource:
     version: int | None = 1
     closed: bool = False
     gone: bool = False
-    is_constant: bool = False
+    is_snapshot: bool = False
+    revalidate_due: bool = True
     extents_asked: int = 0
     aios: list[Aio] = field(default_factory=list)
     held: list[Aio] = field(default_factory=list)
@@ -48,15 +48,15 @@ class FakeSource:
         """All that was asked of the cluster so far."""
         return sum(aio.length for aio in self.aios)
 
-    def aio_read(self, offset: int, length: int, oncomplete: OnComplete) -> None:
-        """See `ImageSource.aio_read`."""
+    def start_read(self, offset: int, length: int, callback: OnRead) -> None:
+        """See `ImageBackend.start_read`."""
         assert not self.closed, "a closed image was read"
         data: bytes | RbdfsError = bytes(self.content[offset : offset + length])
         if self.fail_with:
             data = ReadError(f"cannot read at {offset} (+{length})", self.fail_with)
         elif offset + length > len(self.content):
             data = BeyondEndError(f"cannot read at {offset} (+{length})")
-        aio = Aio(offset, length, lambda: oncomplete(data))
+        aio = Aio(offset, length, lambda: callback(data))
         self.aios.append(aio)
         if self.hold:
             self.held.append(aio)
@@ -74,52 +74,42 @@ class FakeSource:
         for aio in due:
             aio.complete()
 
-    def heed(self) -> None:
-        """See `ImageSource.heed`."""
-        if self.gone:
-            raise StaleError("the image is gone")
+    @property
+    def stale(self) -> StaleError | None:
+        """See `ImageBackend.stale`."""
+        return StaleError("the image is gone") if self.gone else None
+
+    def revalidate_soon(self) -> None:
+        """See `ImageBackend.revalidate_soon`."""
+        if self.stale is not None:
+            raise self.stale
 
     async def verify(self) -> None:
-        """See `ImageSource.verify`."""
-        self.heed()
+        """See `ImageBackend.verify`."""
+        self.revalidate_soon()
 
     async def refresh(self) -> int:
-        """See `ImageSource.refresh`."""
-        if self.gone:
-            raise StaleError("the image is gone")
+        """See `ImageBackend.refresh`."""
+        self.revalidate_soon()
         self.size = len(self.content)
         return self.size
 
     async def extents_window(self) -> int:
-        """See `ImageSource.extents_window`."""
+        """See `ImageBackend.extents_window`."""
         return 16 * self.object_size
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """See `ImageSource.extents`: objects with a byte that is not zero. Not for stripes."""
+        """See `ImageBackend.extents`: objects with a byte that is not zero. Not for stripes."""
         self.extents_asked += 1
         starts = range(offset - offset % self.object_size, offset + length, self.object_size)
         return [(start, self.object_size) for start in starts if any(self.content[start : start + self.object_size])]
 
     async def write_version(self) -> int | None:
-        """See `ImageSource.write_version`."""
+        """See `ImageBackend.write_version`."""
         return self.version
 
-    async def shorten(self, make: Callable[[RawImage], Shortcut]) -> Shortcut | None:
-        """See `ImageSource.shorten`: what is in memory is not open in librbd."""
-
-    def settle(self, offset: int, length: int, result: int, data: bytes, oncomplete: OnComplete) -> None:
-        """See `ImageSource.settle`."""
-        answer: bytes | RbdfsError = data
-        if self.gone:
-            answer = StaleError("the image is gone")
-        elif 0 <= result < length:
-            answer = BeyondEndError(f"cannot read at {offset} (+{length})")
-        elif result < 0:
-            answer = ReadError(f"cannot read at {offset} (+{length})", -result)
-        trio.lowlevel.current_trio_token().run_sync_soon(oncomplete, answer)
-
     async def close(self) -> None:
-        """See `ImageSource.close`."""
+        """See `ImageBackend.close`."""
         while self.underway:
             await trio.lowlevel.checkpoint()
         self.closed = True

@@ -1,0 +1,372 @@
+"""/dev/fuse opened and mounted, and unmounted: as root by mount(2), else through fusermount3."""
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import select
+import socket
+import stat
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from mmap import PAGESIZE
+from pathlib import Path
+from typing import NamedTuple
+
+from rbdfs.errors import MountError, UsageError
+
+log = logging.getLogger(__name__)
+
+TYPE = "fuse.rbdfs"
+"""The file system type that `mount`, `df -T` and /proc/mounts show."""
+
+FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 1 << 4, "dirsync": 1 << 7, "noatime": 1 << 10} | {
+    name: 1 << bit for name, bit in (("nodiratime", 11), ("relatime", 21), ("strictatime", 24), ("lazytime", 25))
+}
+"""Options that mount(2) takes as bits (linux/mount.h)."""
+
+OPPOSITES = {"async": "sync"} | {
+    **{name[2:]: name for name in ("nosuid", "nodev", "noexec", "noatime", "nodiratime")},
+    **{f"no{name}": name for name in ("relatime", "strictatime", "lazytime")},
+}
+"""Options that take one of FLAGS back."""
+
+FUSERMOUNT3_FLAGS = ("ro", "nosuid", "nodev", "noexec", "sync", "dirsync", "noatime")
+"""All that fusermount3 3.14 knows. The others change nothing: a read-only mount does not update access times."""
+
+LABELS = ("context", "fscontext", "defcontext", "rootcontext")
+"""SELinux's options. fusermount3 does not take them."""
+
+VALUES = {"fsname": "NAME", "subtype": "NAME", "max_read": "BYTES", **dict.fromkeys(LABELS, "LABEL")}
+"""Options that take a value, and what it is."""
+
+IGNORED = re.compile(
+    "(no)?(auto|user|users|owner|group|fail|bootwait)|defaults|_netdev|silent|loud|nonempty"
+    "|(x-|X-|comment=|user=|helper=|uhelper=).*",
+    re.DOTALL,
+)
+"""What fstab tells mount(8), systemd and others, and what holds in any case."""
+
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+
+NO_DEVICE = "there is no /dev/fuse; load it with: modprobe fuse (a container needs --device /dev/fuse)"
+DENIED_DEVICE = "/dev/fuse may not be opened; a container needs --device /dev/fuse"
+OPEN_REASONS = {
+    **dict.fromkeys((errno.ENOENT, errno.ENODEV, errno.ENXIO), NO_DEVICE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), DENIED_DEVICE),
+}
+
+DENIED_MOUNT = "the kernel permits no mount; a container needs --cap-add SYS_ADMIN --security-opt apparmor=unconfined"
+BAD_OPTIONS = "the kernel does not take one of these options: OPTIONS; leave out what you gave after -o"
+MOUNT_REASONS = {
+    errno.EPERM: DENIED_MOUNT,
+    errno.EACCES: DENIED_MOUNT,
+    errno.EINVAL: BAD_OPTIONS,
+}
+
+NOT_YOURS = "without root, the mount point must be yours and writable; choose a directory of your own"
+FUSERMOUNT3_REASONS = {
+    "fuse device not found": NO_DEVICE,
+    "failed to open /dev/fuse": "this user may not open /dev/fuse; permit it with: chmod 0666 /dev/fuse",
+    "'user_allow_other' is set": "allow_other without root needs the line user_allow_other in /etc/fuse.conf",
+    "not owned by user": NOT_YOURS,
+    "no write access to mountpoint": NOT_YOURS,
+    "failed to open /etc/mtab": "fusermount3 reads /etc/mtab; make it with: ln -s /proc/self/mounts /etc/mtab",
+    "could not determine username": "fusermount3 needs a name for this user; add one to /etc/passwd",
+    "mount failed: Operation not permitted": "fusermount3 may not mount; make it setuid root with: "
+    "chmod u+s $(command -v fusermount3), and see that no_new_privs is off; a container needs --cap-add SYS_ADMIN",
+    "mount failed: Invalid argument": BAD_OPTIONS,
+}
+"""Parts of what fusermount3 writes to stderr (libfuse's util/fusermount.c), and what to do about it."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+
+
+@dataclass(frozen=True, slots=True)
+class FuseOptions:
+    """What follows `-o`, sorted by who takes it."""
+
+    flags: frozenset[str] = frozenset({"ro", "nosuid", "nodev"})
+    """Names of FLAGS."""
+    kernel: tuple[str, ...] = ("default_permissions",)
+    """For the kernel's FUSE, as they are: allow_other, max_read=131072."""
+    fsname: str = "rbdfs"
+    """What `mount` and `df` show as the source."""
+    subtype: str = "rbdfs"
+    """The type, after its "fuse."."""
+    auto_unmount: bool = False
+    """fusermount3 stays, and unmounts if this process is killed."""
+
+
+def parse_options(options: Iterable[str]) -> FuseOptions:
+    """Sort the options after `-o` that are not rbdfs's own. Raises UsageError that names an option nobody knows."""
+    default = FuseOptions()
+    flags = set(default.flags)
+    kernel = {option: option for option in default.kernel}
+    names = {"fsname": default.fsname, "subtype": default.subtype}
+    auto_unmount = False
+    for option in options:
+        name, _, value = option.partition("=")
+        if option == "rw":
+            raise UsageError("images are shown read-only: there is no -o rw")
+        if option in FLAGS:
+            flags.add(option)
+        elif option in OPPOSITES:
+            flags.discard(OPPOSITES[option])
+        elif option in ("allow_other", "default_permissions"):
+            kernel[option] = option
+        elif option == "auto_unmount":
+            auto_unmount = True
+        elif name in VALUES:
+            if not value or (name == "max_read" and not re.fullmatch("[0-9]+", value)):
+                raise UsageError(f"the mount option {name} takes a value: {name}={VALUES[name]}")
+            if name in names:
+                names[name] = value
+            else:  # a label with a comma must be quoted
+                kernel[name] = f'{name}="{value}"' if "," in value and value[0] != '"' else option
+        elif not IGNORED.fullmatch(option):
+            raise UsageError(f"unknown mount option {name}; see rbdfs mount --help, for FUSE's own man mount.fuse3")
+    return FuseOptions(frozenset(flags), tuple(kernel.values()), names["fsname"], names["subtype"], auto_unmount)
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Raise MountError, with what to do about it, if nothing can be mounted there."""
+    shown = _printable(mountpoint)
+    free = f"{'umount' if os.geteuid() == 0 else 'fusermount3 -u'} {shown}"
+    try:
+        found = _mounted_on(Path(os.path.realpath(mountpoint)))
+        # statvfs, since stat() of a dead mount can still come from the kernel's cache. But on an automount point it
+        # would wait for the very mount that we are asked to make.
+        if found is None or found.type != "autofs":
+            os.statvfs(mountpoint)
+        mode = mountpoint.stat().st_mode
+    except FileNotFoundError:
+        raise MountError(f"{shown} does not exist; make it with: mkdir -p {shown}", errno.ENOENT) from None
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise MountError(
+                f"{shown} is a dead mount, left by a process that was killed; free it with: {free}"
+            ) from None
+        raise MountError(f"cannot use {shown}: {error.strerror}", error.errno) from None
+    if not stat.S_ISDIR(mode):
+        raise MountError(f"{shown} is not a directory", errno.ENOTDIR)
+    if found is not None and found.type == TYPE:
+        raise MountError(f"{shown} is an rbdfs mount already; end it with: {free}", errno.EBUSY)
+
+
+class _MountInfo(NamedTuple):
+    """A line of /proc/self/mountinfo."""
+
+    id: int
+    device_number: tuple[int, int]
+    path: bytes
+    type: str
+
+
+class Mount:
+    """A mounted file system. No method sends it a request, so its own server may call them."""
+
+    def __init__(self, device: int, mountpoint: Path, fusermount3: ExitStack) -> None:
+        self.device = device
+        """The descriptor of /dev/fuse: non-blocking, close-on-exec; -1 after `unmount`."""
+        self.mountpoint = mountpoint
+        """Absolute, without symbolic links."""
+        self._fusermount3 = fusermount3
+        self._mounted = _mounted_on(mountpoint)
+
+    def device_number(self) -> tuple[int, int] | None:
+        """(major, minor) of the file system; None if it is unmounted."""
+        found = None if self.device < 0 or _is_disconnected(self.device) else self._find()
+        return found.device_number if found else None
+
+    def unmount(self) -> None:
+        """Close the device, so that waiting readers get an error; then unmount lazily, unless somebody else has.
+
+        Never raises; logs a warning if the file system stays mounted.
+        """
+        if self.device < 0:
+            return
+        # Numbers are used again: once it is unmounted, another mount may have its path, its id and its device number.
+        was_disconnected = _is_disconnected(self.device)
+        os.close(self.device)
+        self.device = -1
+        with self._fusermount3:
+            reason = None if was_disconnected else self._unmount()
+        if reason:
+            free = f"{'umount -l' if os.geteuid() == 0 else 'fusermount3 -u -z'} {_printable(self.mountpoint)}"
+            log.warning("cannot unmount %s: %s; free it with: %s", _printable(self.mountpoint), reason, free)
+
+    def _unmount(self) -> str | None:
+        """Why it stays mounted."""
+        try:
+            found = self._find()
+            if found is None:  # somebody unmounted it lazily, and somebody still uses it
+                return None
+            if found != _mounted_on(Path(os.fsdecode(found.path))):
+                return "something else is mounted over it"
+            reason = _unmount(found.path)
+            return reason if self._find() else None
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def _find(self) -> _MountInfo | None:
+        """Where it is mounted now: its path changes if somebody renames a directory above it."""
+        was = self._mounted
+        return next((entry for entry in _mountinfo() if was is not None and entry[:2] == was[:2]), None)
+
+
+def mount(mountpoint: Path, options: FuseOptions) -> Mount:
+    """Mount. Raises MountError; then nothing stays behind."""
+    try:
+        path = Path(os.path.realpath(mountpoint, strict=True))
+        if os.geteuid() == 0 and not options.auto_unmount:
+            device, fusermount3 = _mount(os.fsencode(path), options), ExitStack()
+        else:
+            device, fusermount3 = _mount_by_fusermount3(os.fsencode(path), options)
+        try:
+            return Mount(device, path, fusermount3)
+        except OSError:
+            with fusermount3:
+                os.close(device)
+                _unmount(os.fsencode(path))
+            raise
+    except OSError as error:
+        given = ",".join([*sorted(options.flags), *options.kernel])
+        reason = str(error.strerror).replace("OPTIONS", given)
+        raise MountError(f"cannot mount {_printable(mountpoint)}: {reason}", error.errno) from error
+
+
+def _mount(path: bytes, options: FuseOptions) -> int:
+    """mount(2). The descriptor of /dev/fuse. Raises OSError with the reason in a sentence."""
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, OPEN_REASONS.get(error.errno or 0, f"/dev/fuse: {error.strerror}")) from error
+    try:
+        numbers = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+        data = os.fsencode(",".join([numbers, *options.kernel]))
+        if len(data) >= PAGESIZE:  # the kernel would cut them off
+            raise OSError(errno.E2BIG, f"the options are longer than {PAGESIZE} bytes; leave some out")
+        source, kind = os.fsencode(options.fsname), os.fsencode(f"fuse.{options.subtype}")
+        if _libc.mount(source, path, kind, sum(FLAGS[flag] for flag in options.flags), data):
+            number = ctypes.get_errno()
+            raise OSError(number, MOUNT_REASONS.get(number, os.strerror(number)))
+    except BaseException:
+        os.close(device)
+        raise
+    return device
+
+
+def _mount_by_fusermount3(path: bytes, options: FuseOptions) -> tuple[int, ExitStack]:
+    """The descriptor, and what ends the fusermount3 that auto_unmount has left running. Raises OSError as `_mount`."""
+    if any(option.startswith(LABELS) for option in options.kernel):
+        raise OSError(errno.EPERM, f"the options {', '.join(LABELS)} need root, and go without auto_unmount")
+    if options.auto_unmount and os.geteuid() and "allow_other" not in options.kernel:
+        # fusermount3 looks into the dead mount as root, whom FUSE does not let in.
+        log.warning("auto_unmount without root works only together with allow_other")
+    with ExitStack() as stack:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        stack.enter_context(ours)
+        with theirs:
+            process = stack.enter_context(
+                _fusermount3(["-o", _fusermount3_options(options), "--", path], theirs.fileno())
+            )
+        stack.callback(ours.close)
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        if not descriptors:
+            raise OSError(errno.EPERM, _said(process))
+        os.set_inheritable(descriptors[0], False)  # recv_fds passes no flags on (Python 3.11)
+        os.set_blocking(descriptors[0], False)
+        if options.auto_unmount:
+            # At the end of its socket it unmounts what is dead there and of the same type: perhaps somebody else's.
+            stack.callback(_kill, process)
+            return descriptors[0], stack.pop_all()
+        return descriptors[0], ExitStack()
+
+
+def _fusermount3_options(options: FuseOptions) -> str:
+    flags = [flag for flag in FUSERMOUNT3_FLAGS if flag in options.flags]
+    allowed = [flag for flag in ("suid", "dev") if OPPOSITES[flag] not in options.flags]
+    fsname, subtype = (re.sub(r"([,\\])", r"\\\1", name) for name in (options.fsname, options.subtype))
+    stays = ["auto_unmount"] if options.auto_unmount else []
+    return ",".join([*flags, *allowed, *options.kernel, f"fsname={fsname}", f"subtype={subtype}", *stays])
+
+
+def _fusermount3(arguments: list[str | bytes], socket_fd: int | None = None) -> subprocess.Popen[bytes]:
+    """Start it, out of reach of a Ctrl-C at our terminal. Raises OSError as `_mount`."""
+    environment = os.environ if socket_fd is None else os.environ | {"_FUSE_COMMFD": str(socket_fd)}
+    try:
+        return subprocess.Popen(
+            ["fusermount3", *arguments],
+            env=environment,
+            pass_fds=() if socket_fd is None else (socket_fd,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise OSError(error.errno, "fusermount3 is missing: apt install fuse3") from error
+    except OSError as error:
+        raise OSError(error.errno, f"fusermount3 cannot be run: {error.strerror}") from error
+
+
+def _said(process: subprocess.Popen[bytes]) -> str:
+    """Why it failed, in one line."""
+    _, stderr = process.communicate()
+    said = os.fsdecode(stderr)
+    for part, reason in FUSERMOUNT3_REASONS.items():
+        if part in said:
+            return reason
+    said = _printable(" ".join(said.replace("fusermount3: ", "").split()))
+    return said or f"fusermount3 ended with status {process.returncode}"
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(PermissionError):
+        process.kill()
+
+
+def _unmount(path: bytes) -> str | None:
+    """Unmount lazily; why it failed. Raises OSError if fusermount3 cannot be run."""
+    if os.geteuid() == 0:
+        failed = _libc.umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW)
+        return os.strerror(ctypes.get_errno()) if failed else None
+    with _fusermount3(["-u", "-z", "-q", "--", path]) as process:
+        return _said(process) if process.wait() else None
+
+
+def _is_disconnected(device: int) -> bool:
+    """Whether it was unmounted, or aborted in /sys/fs/fuse/connections."""
+    poll = select.poll()
+    poll.register(device, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _mounted_on(path: Path) -> _MountInfo | None:
+    """What is mounted on exactly this absolute path, on top; no request is sent to it. Raises OSError."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        mount_id = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().partition("mnt_id:")[2].split()[0])
+    finally:
+        os.close(descriptor)
+    return next((entry for entry in _mountinfo() if (entry.id, entry.path) == (mount_id, os.fsencode(path))), None)
+
+
+def _mountinfo() -> Iterator[_MountInfo]:
+    """This process's mounts, see proc(5): 36 35 98:0 /root /mount\\040point options tags... - type source options."""
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
+        fields = line.split(b" ")
+        major, minor = fields[2].split(b":")
+        path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4])
+        yield _MountInfo(int(fields[0]), (int(major), int(minor)), path, os.fsdecode(fields[fields.index(b"-", 6) + 1]))
+
+
+def _printable(text: object) -> str:
+    """In one line, and in characters that every terminal and log takes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))

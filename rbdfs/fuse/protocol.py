@@ -1,0 +1,106 @@
+"""The few structures of the kernel's FUSE protocol (linux/fuse.h) that are read and written here. Pure.
+
+Integers are in the byte order of the machine. Each message is one request or one reply, and begins with its length.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+FORGET: Final = 2
+READ: Final = 15
+GETXATTR: Final = 22
+LISTXATTR: Final = 23
+INIT: Final = 26
+READDIR: Final = 28
+INTERRUPT: Final = 36
+DESTROY: Final = 38
+IOCTL: Final = 39
+BATCH_FORGET: Final = 42
+READDIRPLUS: Final = 44
+LSEEK: Final = 46
+
+ERRNO_MAX: Final = 511
+"""The kernel takes no reply with an error beyond it, and the request would stay unanswered (fuse_dev_do_write)."""
+
+HEADER_BYTES: Final = 40
+"""Of each request: fuse_in_header."""
+
+READ_BYTES: Final = 80
+LSEEK_BYTES: Final = 64
+"""Of a whole request of these kinds, header included."""
+
+REQUEST: Final = struct.Struct("=IIQQ16xQQI")
+"""fuse_in_header (length, opcode, unique, inode; then uid, gid and pid are skipped) and the beginning of fuse_read_in,
+which fuse_lseek_in shares: handle, offset, and the count of bytes or lseek's whence. Of a request of another kind, or one
+that is shorter, only the header's fields mean anything."""
+
+REPLY: Final = struct.Struct("=IiQ")
+"""fuse_out_header: length, 0 or a negated errno, unique."""
+
+LSEEK_OUT: Final = struct.Struct("=Q")
+"""fuse_lseek_out: the offset that was found."""
+
+REPLY_BYTES_MAX: Final = 320
+"""Of a reply that carries no data of a size that its request names; the largest is fuse_statx_out, with 304."""
+
+_FORGET_IN = struct.Struct("=Q")
+_BATCH_FORGET_IN = struct.Struct("=I4x")
+_FORGET_ONE = struct.Struct("=QQ")
+_SIZE_AT = {
+    READDIR: HEADER_BYTES + 16,
+    READDIRPLUS: HEADER_BYTES + 16,
+    GETXATTR: HEADER_BYTES,
+    LISTXATTR: HEADER_BYTES,
+    IOCTL: HEADER_BYTES + 28,
+}
+"""Where a request says how many bytes its reply may carry: fuse_read_in, fuse_getxattr_in, fuse_ioctl_in."""
+_SIZE = struct.Struct("=I")
+
+_MAX_BACKGROUND = struct.Struct("=HHI")
+_MAX_BACKGROUND_AT = REPLY.size + 16
+
+
+class Limits(NamedTuple):
+    """What INIT's reply tells the kernel of its limits (fuse_init_out)."""
+
+    max_background: int
+    """Readahead requests and direct reads of libaio that the kernel keeps under way at once."""
+    congestion_threshold: int
+    """From how many of them on it holds back."""
+    max_write: int
+    """Bytes that one WRITE may carry; the kernel refuses to be read with a buffer that does not hold so much."""
+
+
+def set_limits(init_reply: bytearray, limits: Limits) -> None:
+    """Amend INIT's reply; an error, or one of a protocol before 7.13, stays as it is."""
+    if len(init_reply) >= _MAX_BACKGROUND_AT + _MAX_BACKGROUND.size:
+        _MAX_BACKGROUND.pack_into(init_reply, _MAX_BACKGROUND_AT, *limits)
+
+
+def reply_bytes_max(opcode: int, request: bytes | bytearray, length: int) -> int:
+    """How many bytes the reply to a request can have."""
+    at = _SIZE_AT.get(opcode)
+    if at is None or length < at + _SIZE.size:
+        return REPLY_BYTES_MAX
+    return REPLY_BYTES_MAX + int(_SIZE.unpack_from(request, at)[0])
+
+
+def clamp_reply(opcode: int, request: bytearray, length: int, most: int) -> None:
+    """Have READDIR or READDIRPLUS ask for no more than `most` bytes; the kernel asks again for the rest."""
+    if opcode in (READDIR, READDIRPLUS) and length >= _SIZE_AT[opcode] + _SIZE.size:
+        (size,) = _SIZE.unpack_from(request, _SIZE_AT[opcode])
+        _SIZE.pack_into(request, _SIZE_AT[opcode], min(size, most))
+
+
+def forgotten(opcode: int, inode: int, request: bytes | bytearray, length: int) -> Iterator[tuple[int, int]]:
+    """What a FORGET or a BATCH_FORGET takes back: (inode, how many lookups). Of one that is cut off, what is whole."""
+    if opcode == FORGET:
+        if length >= HEADER_BYTES + _FORGET_IN.size:
+            yield inode, _FORGET_IN.unpack_from(request, HEADER_BYTES)[0]
+        return
+    start = HEADER_BYTES + _BATCH_FORGET_IN.size
+    if length >= start:
+        (count,) = _BATCH_FORGET_IN.unpack_from(request, HEADER_BYTES)
+        for at in range(start, min(start + count * _FORGET_ONE.size, length - _FORGET_ONE.size + 1), _FORGET_ONE.size):
+            yield _FORGET_ONE.unpack_from(request, at)

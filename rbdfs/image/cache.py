@@ -1,0 +1,358 @@
+"""What was read of objects: a byte-budgeted LRU, and one fetch for all who wait for the same bytes.
+
+librbd's own path one level up: a read becomes object extents (`file_to_extents`); what the cache has of each object
+is answered, the rest is fetched. librbd reads an image by image offsets, so missing extents that touch in the image,
+in one object or over several, are fetched with one aio.
+
+Everything here happens in the trio thread, so there is no lock; between a look at the cache and the act that relies on
+it there is no await.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from rbdfs.errors import RbdfsError
+from rbdfs.image.backend import Buffer, ImageBackend, OnRead, ReadResult
+from rbdfs.image.striper import Layout, file_to_extents
+from rbdfs.image.throttle import Throttle
+
+MISS_ALIGNMENT = 4096
+"""A miss is rounded out to multiples of this many bytes: the reader's page and BlueStore's checksum block, so that it
+costs the OSD nothing more. It bounds what a random read fetches: the request and less than two of these."""
+
+COPIES_IN_FLIGHT = 2
+"""What is in flight is in memory twice: librados receives it into buffers of its own, librbd copies it into ours."""
+
+_BEYOND_ANY_OFFSET = 1 << 63
+
+
+class Fetch:
+    """One aio: queued, in flight or complete. The unit of single flight, of the LRU and of the budget."""
+
+    __slots__ = ("data", "image", "length", "listed", "objects", "offset", "waiters")
+
+    def __init__(self, image: "CachedImage", offset: int, length: int) -> None:
+        self.image = image
+        self.offset = offset
+        self.length = length
+        self.objects: tuple[int, ...] | list[int] = ()
+        self.listed = False
+        self.data: Buffer | None = None
+        self.waiters: list[tuple[OnRead, int, int]] = []
+        """Who is to get which part of the data: callback, start, end."""
+
+
+Piece = tuple[int, int, Fetch, int]
+"""The bytes [start, end) of an object are in a fetch, from an offset in its data on: (start, end, fetch, offset)."""
+
+
+class Part(NamedTuple):
+    """The bytes [start, end) of a fetch's data."""
+
+    fetch: Fetch
+    start: int
+    end: int
+
+
+class CachedImage:
+    """What the cache has of one image as it was at one time: object number → its pieces, in order, never overlapping.
+
+    A HEAD that may have been written since gets a new one, so that nothing of the old can answer (close-to-open).
+    """
+
+    __slots__ = ("backend", "layout", "objects")
+
+    def __init__(self, backend: ImageBackend, layout: Layout) -> None:
+        self.backend = backend
+        self.layout = layout
+        self.objects: dict[int, list[Piece]] = {}
+
+    def fetches(self) -> set[Fetch]:
+        """All that was asked for and is not evicted."""
+        return {fetch for pieces in self.objects.values() for _, _, fetch, _ in pieces}
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """What was done so far; for the log, and for tests, which count operations and not seconds."""
+
+    hits: int = 0
+    misses: int = 0
+    aios: int = 0
+    fetched_bytes: int = 0
+    copied_bytes: int = 0
+    evictions: int = 0
+
+
+class ObjectCache:
+    """The bytes of all open images, under one budget; what is in flight counts.
+
+    With a `budget_bytes` of 0 nothing is kept: each read is an aio of its own, and nothing is read ahead.
+    """
+
+    def __init__(self, budget_bytes: int, throttle: Throttle) -> None:
+        self.budget_bytes = budget_bytes
+        self._largest_fetch = budget_bytes // COPIES_IN_FLIGHT
+        if budget_bytes:
+            throttle.max_bytes = min(throttle.max_bytes, self._largest_fetch)
+        self.counts = CacheCounts()
+        self._throttle = throttle
+        self._complete: OrderedDict[Fetch, None] = OrderedDict()
+        self._complete_bytes = 0
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes that image data takes in memory, read or being read. At most the budget."""
+        return self._complete_bytes + COPIES_IN_FLIGHT * self._throttle.bytes
+
+    def start_read(self, image: CachedImage, offset: int, length: int, callback: OnRead, *, keep: bool = True) -> None:
+        """Read exactly `length` bytes at the image offset `offset`; what one fetch has is not copied.
+
+        `callback` is called once: from here for what is cached, else when it has arrived. It gets the error of a fetch
+        that failed; the next read tries again. The range must lie inside the image. Without `keep`, what is not cached
+        is read for this caller alone.
+        """
+        layout = image.layout
+        parts = None
+        object_no, position = divmod(offset, layout.object_size)
+        if layout.is_striped:
+            parts = self._cached_parts(image, offset, length)
+        elif pieces := image.objects.get(object_no):
+            start, end, fetch, fetch_offset = pieces[bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1]
+            if start <= position and position + length <= end:  # as most reads that hit: one piece
+                self.counts.hits += 1
+                start = fetch_offset + position - start
+                if fetch.data is not None:
+                    self._complete.move_to_end(fetch)
+                    callback(memoryview(fetch.data)[start : start + length])
+                else:
+                    self._throttle.promote(fetch)
+                    fetch.waiters.append((callback, start, start + length))
+                return
+            parts = self._cached_parts(image, offset, length)
+        if parts is not None:
+            self.counts.hits += 1
+            self._answer(parts, callback)
+            return
+        self.counts.misses += 1
+        if keep:
+            self._fetch_missing(image, offset, length, callback)
+        else:
+            self._throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
+
+    def _answer(self, parts: list[Part], callback: OnRead) -> None:
+        """Answer from fetches, as soon as all of them are complete."""
+        if len(parts) > 1:
+            self.counts.copied_bytes += sum(end - start for _, start, end in parts)
+            callbacks = _Gathering(len(parts), callback).callbacks
+        else:
+            callbacks = [callback]
+        for (fetch, start, end), each in zip(parts, callbacks, strict=True):
+            if fetch.data is not None:
+                each(memoryview(fetch.data)[start:end])
+            else:
+                fetch.waiters.append((each, start, end))
+
+    def prefetch(self, image: CachedImage, offset: int, length: int) -> None:
+        """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
+        if length <= self._largest_fetch:
+            for start, end in _missing(image, offset, length):
+                self._submit(Fetch(image, start, end - start), urgent=False)
+
+    def cancel(self, image: CachedImage) -> None:
+        """Ask for nothing more of an image: what is queued and nobody waits for is dropped. Call it before its backend
+        is closed."""
+        for fetch in image.fetches():
+            if fetch.data is None and not fetch.waiters and self._throttle.cancel(fetch):
+                self._unlist(fetch)
+
+    def forget(self, image: CachedImage) -> None:
+        """Keep nothing of an image. Who waits for a fetch of it still gets the bytes."""
+        self.cancel(image)
+        for fetch in image.fetches():
+            self._unlist(fetch)
+
+    def _cached_parts(self, image: CachedImage, offset: int, length: int) -> list[Part] | None:
+        """The fetches that have a range, each with the part to take; None if a byte of it is not asked for yet."""
+        parts = []
+        for extent in file_to_extents(image.layout, offset, length):
+            position, end = extent.offset, extent.offset + extent.length
+            pieces = image.objects.get(extent.object_no, [])
+            index = bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1
+            while position < end:
+                if not 0 <= index < len(pieces) or not pieces[index][0] <= position < pieces[index][1]:
+                    return None
+                start, piece_end, fetch, fetch_offset = pieces[index]
+                part_end = min(end, piece_end)
+                parts.append(Part(fetch, fetch_offset + position - start, fetch_offset + part_end - start))
+                if fetch.data is not None:
+                    self._complete.move_to_end(fetch)
+                else:
+                    self._throttle.promote(fetch)
+                position = part_end
+                index += 1
+        return parts
+
+    def _fetch_missing(self, image: CachedImage, offset: int, length: int, callback: OnRead) -> None:
+        """Ask for what is missing of a range, and answer from that and from what is cached."""
+        start = offset - offset % MISS_ALIGNMENT
+        end = min(image.backend.size, -(-(offset + length) // MISS_ALIGNMENT) * MISS_ALIGNMENT)
+        end = max(end, offset + length)
+        object_size = image.layout.object_size
+        if end - start > self._largest_fetch:
+            fetch = Fetch(image, offset, length)
+            fetch.waiters.append((callback, 0, length))
+            self._submit(fetch, urgent=True, listed=False)
+            return
+        if (
+            not image.layout.is_striped
+            and start // object_size not in image.objects
+            and start % object_size + end - start <= object_size
+        ):
+            gaps = [(start, end)]  # inside one object, of which nothing is cached
+        else:
+            gaps = _missing(image, start, end - start)
+        if gaps == [(start, end)]:
+            fetch = Fetch(image, start, end - start)
+            fetch.waiters.append((callback, offset - start, offset - start + length))
+            self._submit(fetch, urgent=True)
+            return
+        for gap_start, gap_end in gaps:
+            self._submit(Fetch(image, gap_start, gap_end - gap_start), urgent=True)
+        parts = self._cached_parts(image, offset, length)
+        if parts is not None:
+            self._answer(parts, callback)
+            return
+        # To make room for a part, a budget hardly larger than this read has dropped another.
+        fetch = Fetch(image, offset, length)
+        fetch.waiters.append((callback, 0, length))
+        self._submit(fetch, urgent=True, listed=False)
+
+    def _submit(self, fetch: Fetch, *, urgent: bool, listed: bool = True) -> None:
+        """Ask for bytes of which none is listed; `listed` lets others find them."""
+        if listed:
+            fetch.listed = True
+            image, offset, length = fetch.image, fetch.offset, fetch.length
+            layout = image.layout
+            object_no, position = divmod(offset, layout.object_size)
+            if not layout.is_striped and position + length <= layout.object_size and object_no not in image.objects:
+                image.objects[object_no] = [(position, position + length, fetch, 0)]
+                fetch.objects = (object_no,)
+            else:
+                self._list(fetch)
+        self._throttle.submit(fetch, fetch.length, self._start, urgent=urgent)
+
+    def _start(self, fetch: Fetch) -> None:
+        self._make_room(fetch.length)
+        fetch.image.backend.start_read(fetch.offset, fetch.length, partial(self._finish, fetch))
+
+    def _start_unkept(self, request: tuple[CachedImage, int, int, OnRead]) -> None:
+        image, offset, length, callback = request
+        self._make_room(length)
+        image.backend.start_read(offset, length, partial(self._finish_unkept, length, callback))
+
+    def _finish_unkept(self, length: int, callback: OnRead, result: ReadResult) -> None:
+        callback(result)
+        self._throttle.done(length)
+
+    def _make_room(self, length: int) -> None:
+        """An aio of this many bytes starts: make room for them."""
+        self.counts.aios += 1
+        self.counts.fetched_bytes += length
+        # librados's copies count as many as they ever were at once: the memory that it gives back lies between what it
+        # still has, and buffers of ours do not fit in. (With a budget of 256 MiB, four `cp`s at once took 440 to 500 MB
+        # when only those in flight were counted, 310 to 390 so.)
+        room = self.budget_bytes - self._throttle.bytes - self._throttle.peak_bytes
+        while self._complete and self._complete_bytes > room:
+            self._unlist(next(iter(self._complete)))
+            self.counts.evictions += 1
+
+    def _finish(self, fetch: Fetch, result: ReadResult) -> None:
+        """A fetch has ended: tell all who wait."""
+        waiters, fetch.waiters = fetch.waiters, []
+        if isinstance(result, RbdfsError):
+            self._unlist(fetch)
+            for callback, _, _ in waiters:
+                callback(result)
+        else:
+            fetch.data = result
+            if fetch.listed:
+                self._complete[fetch] = None
+                self._complete_bytes += fetch.length
+            for callback, start, end in waiters:
+                callback(memoryview(result)[start:end])
+        self._throttle.done(fetch.length)
+
+    def _list(self, fetch: Fetch) -> None:
+        objects = fetch.objects = []
+        for extent in file_to_extents(fetch.image.layout, fetch.offset, fetch.length):
+            pieces = fetch.image.objects.setdefault(extent.object_no, [])
+            start, end = extent.offset, extent.offset + extent.length
+            pieces.insert(bisect_right(pieces, (start, end)), (start, end, fetch, extent.image_offset - fetch.offset))
+            objects.append(extent.object_no)
+
+    def _unlist(self, fetch: Fetch) -> None:
+        if not fetch.listed:
+            return
+        fetch.listed = False
+        for object_no in set(fetch.objects):
+            pieces = fetch.image.objects.pop(object_no, [])
+            if left := [piece for piece in pieces if piece[2] is not fetch]:
+                fetch.image.objects[object_no] = left
+        if fetch in self._complete:
+            del self._complete[fetch]
+            self._complete_bytes -= fetch.length
+
+
+class _Gathering:
+    """A read whose bytes come from several fetches: its callback is called when all are there, or with an error."""
+
+    def __init__(self, count: int, callback: OnRead) -> None:
+        self._missing = count
+        self._results: list[ReadResult] = [b""] * count
+        self._callback = callback
+        self.callbacks: list[OnRead] = [partial(self._arrived, number) for number in range(count)]
+
+    def _arrived(self, number: int, result: ReadResult) -> None:
+        self._results[number] = result
+        self._missing -= 1
+        if self._missing:
+            return
+        data: list[Buffer] = []
+        for each in self._results:
+            if isinstance(each, RbdfsError):
+                self._callback(each)
+                return
+            data.append(each)
+        self._callback(b"".join(data))
+
+
+def _missing(image: CachedImage, offset: int, length: int) -> list[tuple[int, int]]:
+    """The image ranges [start, end) that nobody has asked for yet; ranges that touch come as one."""
+    missing = []
+    missing_from = missing_to = offset
+    for extent in file_to_extents(image.layout, offset, length):
+        to_image = extent.image_offset - extent.offset
+        extent_end = extent.offset + extent.length
+        position = extent.offset
+        pieces = image.objects.get(extent.object_no, [])
+        first = max(0, bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1)
+        for start, end, _, _ in pieces[first:]:
+            if start >= extent_end:
+                break
+            if end <= position:
+                continue
+            if position < start:
+                missing_to = start + to_image
+            if missing_from < missing_to:
+                missing.append((missing_from, missing_to))
+            position = end
+            missing_from = missing_to = position + to_image
+        if position < extent_end:
+            missing_to = extent_end + to_image
+    if missing_from < missing_to:
+        missing.append((missing_from, missing_to))
+    return missing

@@ -1,0 +1,259 @@
+"""One open file over an image: the read path between a read() of the kernel and an object of the cluster."""
+
+import logging
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+
+import trio
+
+from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
+from rbdfs.image.backend import ImageBackend, OnRead, ReadResult
+from rbdfs.image.cache import CachedImage, ObjectCache
+from rbdfs.image.holes import HoleMap, Kind, Segment
+from rbdfs.image.readahead import STALL_SECONDS, Readahead
+
+log = logging.getLogger(__name__)
+
+ZEROS = bytes(1 << 20)
+"""What every read in a known hole is answered from; the kernel asks for no more at once."""
+
+FLUSH_SECONDS = 2.0
+"""How long a close() waits to hear whether the image is still there."""
+
+RANDOM_BYTES_MAX = 64 * 1024
+"""A random reader's reads of up to this size are not kept in the cache: the kernel's page cache keeps them, and to keep
+tens of thousands of small pieces costs more than they save."""
+
+OnSeek = Callable[[int | None | RbdfsError], None]
+"""Takes the offset that a seek found, None for lseek(2)'s ENXIO, or an error. Must not raise."""
+
+
+class ReadaheadShare:
+    """The sequential streams of all open files: they divide a third of the cache between them.
+
+    What is in flight takes twice its bytes, and what was just read is newer in the LRU than what waits ahead of the
+    reader: with more than a third, readahead would push itself out before it is read.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.files: list[Readahead] = []
+
+    def limit(self) -> int:
+        """Bytes that one stream may have ahead of its reader now."""
+        streams = sum(readahead.sequential_streams for readahead in self.files)
+        return self.budget_bytes // 3 // max(1, streams)
+
+
+@dataclass(slots=True)
+class OpenState:
+    """What all opens of one image share: the image in the cluster, and what the cache has of it."""
+
+    key: Hashable
+    """What `OpenImages` knows the image by."""
+    backend: ImageBackend
+    cached: CachedImage
+    holes: HoleMap | None = None
+    """What is known of a snapshot's holes, by whoever asked first. A HEAD's belong to each open()."""
+
+
+class OpenImage:
+    """One open() of an image: reads are clamped to its size and answered whole, or with an error.
+
+    Reads and seeks are calls with a callback. Most are answered by calls alone; those that have to ask the cluster for
+    more than data go on in a task.
+    """
+
+    def __init__(self, state: OpenState, cache: ObjectCache, share: ReadaheadShare) -> None:
+        self._state = state
+        self._cache = cache
+        self._share = share
+        self._readahead = Readahead(state.cached.layout.transfer)
+        share.files.append(self._readahead)
+        self._holes = state.holes or HoleMap(state.backend.size)
+        self._stale: StaleError | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """What `OpenImages` knows the image by."""
+        return self._state.key
+
+    @property
+    def size(self) -> int:
+        """Bytes, as last heard of the cluster."""
+        return self._state.backend.size
+
+    def start_read(self, offset: int, length: int, callback: OnRead) -> None:
+        """Read the bytes [offset, offset + length) of the image, fewer only if the image ends there.
+
+        `callback` is called once, from here or later. It gets the bytes, or an RbdfsError with librbd's errno; never
+        less in the middle, and never zeros for what could not be read.
+        """
+        state = self._state
+        backend = state.backend
+        if backend.revalidate_due:
+            try:
+                backend.revalidate_soon()
+            except StaleError as error:
+                self._finish(callback, error)
+                return
+        size = backend.size
+        holes = self._holes
+        if offset + length > size or (state.holes is not None and not state.holes.is_asked):
+            self._in_a_task(partial(self._read_slowly, offset, length, callback), callback)
+            return
+        if holes.has_holes and holes.size == size:
+            if state.holes is not None and length <= len(ZEROS) and holes.is_hole(offset, length):
+                callback(memoryview(ZEROS)[:length])
+                return
+            self._read_ahead_past_holes(holes, offset, length)
+        elif ahead := self._readahead.on_read(offset, length, size, self._share.limit):
+            self._prefetch(*ahead)
+        finish = partial(self._finish_read, offset, length, monotonic(), callback)
+        keep = not self._readahead.is_random or length > RANDOM_BYTES_MAX
+        self._cache.start_read(state.cached, offset, length, finish, keep=keep)
+
+    def _finish_read(self, offset: int, length: int, began: float, callback: OnRead, result: ReadResult) -> None:
+        """The cache has answered."""
+        if (waited := monotonic() - began) > STALL_SECONDS:
+            self._readahead.on_wait(waited)
+        if not isinstance(result, RbdfsError):
+            callback(result)
+        elif isinstance(result, BeyondEndError):
+            # Others have shrunk the image under us. Either it ends before this range, and that is the answer, or only
+            # the readahead that this read waited for went beyond the end, and this read does not.
+            self._in_a_task(partial(self._read_again, offset, length, callback), callback)
+        else:
+            self._finish(callback, result)
+
+    def _finish(self, callback: OnRead, result: ReadResult) -> None:
+        if isinstance(result, StaleError):
+            self._stale = result
+        callback(result)
+
+    async def _read_again(self, offset: int, length: int, callback: OnRead) -> None:
+        await self._state.backend.refresh()
+        await self._read_slowly(offset, length, callback)
+
+    async def _read_slowly(self, offset: int, length: int, callback: OnRead) -> None:
+        """Read what has to ask the cluster for more than data first: for the size, or for a snapshot's holes."""
+        state = self._state
+        if state.holes is not None:
+            await self._ask_for_holes(state.holes)
+        size = state.backend.size
+        if offset + length > size:
+            size = await state.backend.refresh()
+        length = min(length, size - offset)
+        if length <= 0:
+            callback(b"")
+        elif state.holes is not None and state.holes.is_hole(offset, length):
+            callback(bytes(length))
+        else:
+            self._cache.start_read(state.cached, offset, length, partial(self._finish, callback))
+
+    def _in_a_task(self, work: Callable[[], Awaitable[None]], callback: Callable[[RbdfsError], None]) -> None:
+        """Have something done that calls the callback; what it raises is given to the callback."""
+
+        async def guarded() -> None:
+            try:
+                await work()
+            except RbdfsError as error:
+                if isinstance(error, StaleError):
+                    self._stale = error
+                callback(error)
+            except Exception as error:  # out of a system task it would end the mount for everyone
+                log.exception("a read or a seek failed unexpectedly")
+                callback(RbdfsError(f"unexpected {type(error).__name__}: {error}"))
+
+        trio.lowlevel.spawn_system_task(guarded)
+
+    def _read_ahead_past_holes(self, holes: HoleMap, offset: int, length: int) -> None:
+        """A stream goes by what is not known to be a hole: a reader that skips a hole has data behind it read ahead."""
+        start, end = holes.rank(offset), holes.rank(offset + length)
+        if start == end:
+            return
+        ahead = self._readahead.on_read(start, end - start, holes.rank(holes.size), self._share.limit)
+        if ahead is not None:
+            for part in holes.present(*ahead):
+                self._prefetch(*part)
+
+    def _prefetch(self, start: int, end: int) -> None:
+        transfer = self._readahead.transfer
+        while start < end:
+            stop = min(end, (start // transfer + 1) * transfer)
+            self._cache.prefetch(self._state.cached, start, stop - start)
+            start = stop
+
+    async def _ask_for_holes(self, holes: HoleMap) -> None:
+        """Learn, once, what a snapshot holds: reads of its holes then ask no OSD."""
+        if holes.is_asked:
+            return
+        holes.is_asked = True
+        backend = self._state.backend
+        try:
+            # Only if one answer tells of all of it: then it costs milliseconds.
+            if await backend.extents_window() >= holes.size:
+                await self._learn(backend, 0)
+        except RbdfsError as error:
+            log.info("holes are read like data: %s", error)
+
+    def start_seek(self, offset: int, kind: Kind, callback: OnSeek) -> None:
+        """Find where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.
+
+        `callback` is called once, from here or later. It gets None past the end, and after the last data: lseek(2)'s
+        ENXIO. What the cluster does not answer is data.
+        """
+        if offset < self.size == self._holes.size:
+            segment = self._holes.find(offset, kind)
+            if segment is None or segment.kind is kind:
+                callback(self._found(offset, kind, segment))
+                return
+        self._in_a_task(partial(self._seek_slowly, offset, kind, callback), callback)
+
+    async def _seek_slowly(self, offset: int, kind: Kind, callback: OnSeek) -> None:
+        backend = self._state.backend
+        size = backend.size if offset < backend.size else await backend.refresh()
+        if size != self._holes.size:
+            self._holes = HoleMap(size)
+        if offset >= size:
+            callback(None)
+            return
+        while (segment := self._holes.find(offset, kind)) and segment.kind is not kind:
+            await self._learn(backend, max(offset, segment.start))
+        callback(self._found(offset, kind, segment))
+
+    def _found(self, offset: int, kind: Kind, segment: Segment | None) -> int | None:
+        if segment is not None:
+            return max(offset, segment.start)
+        return self._holes.size if kind is Kind.HOLE else None
+
+    async def _learn(self, backend: ImageBackend, position: int) -> None:
+        """Ask what the window around `position` holds. What was learned belongs to this open() alone."""
+        holes = self._holes
+        try:
+            window = await backend.extents_window()
+            start = position - position % window
+            end = min(start + window, holes.size)
+            holes.learn(start, end, await backend.extents(start, end - start))
+        except RbdfsError as error:
+            log.warning("from %d on, holes are read like data: %s", position, error)
+            holes.learn(position, holes.size, [(position, holes.size - position)])
+
+    async def flush(self) -> None:
+        """What close() is told: raises StaleError if a read found the image gone, or if it is gone now."""
+        if self._stale is None:
+            with trio.move_on_after(FLUSH_SECONDS):
+                try:
+                    await self._state.backend.verify()
+                except StaleError as error:
+                    self._stale = error
+                except RbdfsError as error:
+                    log.debug("at close: %s", error)
+        if self._stale is not None:
+            raise self._stale
+
+    def close(self) -> None:
+        """This open() reads no more."""
+        self._share.files.remove(self._readahead)
