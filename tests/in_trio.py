@@ -44,7 +44,7 @@ async def seek(image: OpenImage, offset: int, kind: Kind) -> int | None:
 
 
 async def answer(start: Callable[[Callable[[T | RbdfsError], None]], None]) -> T:
-    """What the callback is given that `start` is called with, which must be called once. Raises it if it is an error."""
+    """What the callback is given that `start` is called with. Raises it if it is an error."""
     answers: list[T | RbdfsError] = []
     answered = trio.Event()
 

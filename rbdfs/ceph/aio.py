@@ -2,8 +2,8 @@
 
 Two ways lead over it. By librbd's event API a completion is a count on an eventfd, and the trio thread fetches what is
 there when it gets to it: no thread of Ceph's ever needs the GIL. Image data comes this way. By a callback, as Ceph's
-Python bindings have it, each completion runs Python in one of Ceph's threads; it does one thing there, hand over what it
-got, and leaves, and a batch of them costs one wake-up of the trio thread. The few answers of object classes come so.
+Python bindings have it, each completion runs Python in one of Ceph's threads; it does one thing there, hand over what
+it got, and leaves, and a batch of them costs one wake-up of the trio thread. The few answers of object classes come so.
 """
 
 import logging

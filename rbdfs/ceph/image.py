@@ -211,7 +211,7 @@ class CephImage:
             else:
                 callback(ReadError(f"{what}: {reason_of(-result)}", -result))
             return
-        # An object of HEAD that was removed or cut ends with a zero; but for a clone's, behind which its parent's shows.
+        # An object of HEAD that was removed or cut ends with a zero, but a clone's shows its parent's bytes.
         if self.is_snapshot:
             in_doubt = trio.current_time() - self._looks.in_place > SNAPSHOT_SECONDS
         else:

@@ -8,9 +8,9 @@ Two kinds of calls, by what they do with the GIL:
 
 - **Blocking** (`open_image`, `close`, `info`, `diff`, everything that can wait for the cluster): they
   release the GIL. Call them in a worker thread.
-- **Short** (`Image.start_read`, `Image.complete_reads`): they never wait for the cluster, and keep the GIL (`ctypes.PyDLL`). In an
-  idle interpreter that is no faster; beside a busy Python thread, to give the GIL up in each call made reads 1.3 to 5
-  times slower. Call them in one thread, the one that waits for the eventfd.
+- **Short** (`Image.start_read`, `Image.complete_reads`): they never wait for the cluster, and keep the GIL
+  (`ctypes.PyDLL`). In an idle interpreter that is no faster; beside a busy Python thread, to give the GIL up in each
+  call made reads 1.3 to 5 times slower. Call them in one thread, the one that waits for the eventfd.
 
 Close an image before its ioctx and its connection (librados.py): closed after `shutdown`, it hangs for ever.
 """

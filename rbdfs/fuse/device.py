@@ -6,11 +6,11 @@ pyfuse3 binds no lseek, and resumes a task, starts a coroutine and takes a lock 
 kernel's device, but one end of a socket pair that it takes for one (libfuse opens a mount point named /dev/fd/N as a
 device): each message on it is one request or one reply of the kernel's protocol.
 
-A reply that does not fit into the socket is lost, since libfuse does not try again, and its request would wait for ever.
-So a request is passed on only while the largest replies to all that wait for one fit.
+A reply that does not fit into the socket is lost, since libfuse does not try again, and its request would wait for
+ever. So a request is passed on only while the largest replies to all that wait for one fit.
 
-What the kernel does (fs/fuse): it takes a reply to a request that was interrupted or answered before as ENOENT, holds the
-inode's lock during a seek, and remembers ENOSYS, after which it never asks this mount again.
+What the kernel does (fs/fuse): it takes a reply to a request that was interrupted or answered before as ENOENT, holds
+the inode's lock during a seek, and remembers ENOSYS, after which it never asks this mount again.
 """
 
 import errno
@@ -39,8 +39,8 @@ LIMITS: Final = protocol.Limits(max_background=64, congestion_threshold=48, max_
 max_write keeps the buffer for requests small."""
 
 REQUEST_BYTES_MAX: Final = 128 << 10
-"""The buffer for one request, and so the most that the kernel sends: it answers what is larger with an error of its own,
-and puts no more FORGETs into one message than fit."""
+"""The buffer for one request, and so the most that the kernel sends: it answers what is larger with an error of its
+own, and puts no more FORGETs into one message than fit."""
 
 LISTING_BYTES_MAX: Final = 64 << 10
 """What one READDIR may ask for: glibc asks for 32 KiB. One message carries it whatever the socket's limits are."""
@@ -183,7 +183,7 @@ class Device:
         except OSError as error:
             self._not_taken(unique, error)
 
-    def _finish_seek(self, unique: int, offset: int, result: int | None | RbdfsError) -> None:
+    def _finish_seek(self, unique: int, offset: int, result: int | RbdfsError | None) -> None:
         """Answer an LSEEK."""
         if isinstance(result, RbdfsError):
             log.error("%s", result)

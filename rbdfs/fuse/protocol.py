@@ -32,8 +32,8 @@ LSEEK_BYTES: Final = 64
 
 REQUEST: Final = struct.Struct("=IIQQ16xQQI")
 """fuse_in_header (length, opcode, unique, inode; then uid, gid and pid are skipped) and the beginning of fuse_read_in,
-which fuse_lseek_in shares: handle, offset, and the count of bytes or lseek's whence. Of a request of another kind, or one
-that is shorter, only the header's fields mean anything."""
+which fuse_lseek_in shares: handle, offset, and the count of bytes or lseek's whence. Of a request of another kind, or
+one that is shorter, only the header's fields mean anything."""
 
 REPLY: Final = struct.Struct("=IiQ")
 """fuse_out_header: length, 0 or a negated errno, unique."""

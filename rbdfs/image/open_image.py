@@ -26,7 +26,7 @@ RANDOM_BYTES_MAX = 64 * 1024
 """A random reader's reads of up to this size are not kept in the cache: the kernel's page cache keeps them, and to keep
 tens of thousands of small pieces costs more than they save."""
 
-OnSeek = Callable[[int | None | RbdfsError], None]
+OnSeek = Callable[[int | RbdfsError | None], None]
 """Takes the offset that a seek found, None for lseek(2)'s ENXIO, or an error. Must not raise."""
 
 

@@ -13,7 +13,7 @@ STREAMS = 8
 """Streams that are told apart in one open file; `qemu-img convert` has 8 reads under way by default."""
 
 FRONT_BYTES = 256 * 1024
-"""Readers that are not known to be sequential yet are told apart if their fronts lie in different pieces of this size."""
+"""Readers that are not known to be sequential yet are told apart if their fronts lie in different pieces so large."""
 
 RANDOM_READS = 16
 """So many reads in a row, none of them near another, are a random reader's."""
