@@ -23,8 +23,6 @@ packages=(
     python3-tqdm                 # the progress bar of an export
     fuse3                        # fusermount3: to mount without root
     python3-venv
-    gcc libc6-dev libfuse3-dev   # for rbdfs/fuse/*.c, without which holes in images look like data
-    g++ librbd-dev libradospp-dev # for rbdfs/ceph/bufferlist.cc, without which large reads cost a copy more
 )
 
 die() {
@@ -63,7 +61,7 @@ is_made_here() {
 is_current() {
     local source
     is_made_here || return 1
-    for source in pyproject.toml rbdfs/fuse/*.[ch] rbdfs/ceph/bufferlist.cc examples/install.sh; do
+    for source in pyproject.toml examples/install.sh; do
         [[ $venv/rbdfs-checkout -nt $source ]] || return 1
     done
 }
@@ -74,10 +72,6 @@ make_venv() {
     run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --upgrade --editable "$checkout" "${from_pypi[@]}"
     "$venv/bin/python" -c 'import pyfuse3, rados, rbd, rbdfs, trio' || die "$venv lacks a module, see above"
-    compgen -G 'rbdfs/fuse/_lowlevel*.so' >/dev/null ||
-        echo "install.sh: rbdfs/fuse/*.c could not be built: all else works, but holes in images look like data" >&2
-    compgen -G 'rbdfs/ceph/_bufferlist*.so' >/dev/null ||
-        echo "install.sh: rbdfs/ceph/bufferlist.cc could not be built: all works, but reads cost a copy more" >&2
     echo "$venv $PWD" >"$venv/rbdfs-checkout"
 }
 
@@ -85,7 +79,7 @@ while (($#)); do
     case $1 in
         --venv) venv=$(realpath --canonicalize-missing "$2"); shift ;;
         --test) checkout='.[test]' ;;
-        --newest) from_pypi=(pyfuse3 trio); packages+=(pkg-config python3-dev) ;;
+        --newest) from_pypi=(pyfuse3 trio); packages+=(gcc libc6-dev libfuse3-dev pkg-config python3-dev) ;;
         -*) die "unknown option $1" ;;
         *) packages+=("$1") ;;
     esac

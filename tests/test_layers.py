@@ -20,7 +20,14 @@ MAY_IMPORT = {
     "errors": set(),
 }
 ONLY_IN = {"pyfuse3": {"fuse"}, "rados": {"ceph"}, "rbd": {"ceph"}, "argparse": {"cli"}}
-PURE = ("fuse/protocol.py", "image/holes.py", "image/striper.py", "image/readahead.py", "image/throttle.py")
+PURE = (
+    "fuse/mount_options.py",
+    "fuse/protocol.py",
+    "image/holes.py",
+    "image/striper.py",
+    "image/readahead.py",
+    "image/throttle.py",
+)
 IMPURE = {"trio", "os", "socket", "subprocess", "threading", "time"}
 
 

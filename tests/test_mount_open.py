@@ -137,15 +137,11 @@ def kinds(ceph: Ceph) -> Iterator[dict[str, bytes]]:
         ceph.remove_pool(pool)
 
 
-@pytest.mark.parametrize(
-    ("caps", "way"),
-    [(WATCHING_CAPS, ()), (READ_ONLY_CAPS, ("--callbacks",))],
-    ids=["watching, events", "read-only caps, callbacks"],
-)
+@pytest.mark.parametrize("caps", [WATCHING_CAPS, READ_ONLY_CAPS], ids=["watching", "read-only caps"])
 def test_every_kind_of_image_and_its_snapshot_are_what_rbd_export_reads(
-    ceph: Ceph, kinds: dict[str, bytes], mounts: Mounts, caps: tuple[str, ...], way: tuple[str, ...], tmp_path: Path
+    ceph: Ceph, kinds: dict[str, bytes], mounts: Mounts, caps: tuple[str, ...], tmp_path: Path
 ) -> None:
-    mount = mounts(*ceph.credentials(caps), *way)
+    mount = mounts(*ceph.credentials(caps))
     for spec, expected in kinds.items():
         path, copy = mount.path / spec, tmp_path / "copy"
         assert path.stat().st_size == len(expected), spec
@@ -232,15 +228,9 @@ def test_to_open_an_image_soon_after_its_close_asks_less(ceph: Ceph, mount: Moun
         assert ten_more < 10 * first / 2  # seen: 17 and 60; of the snapshot, 18 and 40
 
 
-@pytest.mark.parametrize(
-    ("features", "way"),
-    [(ALL_FEATURES, ()), (rbd.RBD_FEATURE_LAYERING, ("--callbacks",))],
-    ids=["all features, events", "layering, callbacks"],
-)
-def test_what_others_do_right_after_a_close_is_seen_at_the_next_open(
-    ceph: Ceph, mounts: Mounts, features: int, way: tuple[str, ...]
-) -> None:
-    mount, name, content = mounts(*way), ceph.unique("since"), random_bytes(2 * MIB)
+@pytest.mark.parametrize("features", [ALL_FEATURES, rbd.RBD_FEATURE_LAYERING], ids=["all features", "layering"])
+def test_what_others_do_right_after_a_close_is_seen_at_the_next_open(ceph: Ceph, mount: Mount, features: int) -> None:
+    name, content = ceph.unique("since"), random_bytes(2 * MIB)
     path = mount.image(name)
     ceph.make_image(name, content, MIB, features=features)
     assert path.read_bytes() == content

@@ -26,7 +26,8 @@ import pytest
 
 from rbdfs.errors import MountError, UsageError
 from rbdfs.fuse import mounting
-from rbdfs.fuse.mounting import FuseOptions, Mount, check_mountpoint, mount, parse_options
+from rbdfs.fuse.mount_options import FuseOptions, parse_options
+from rbdfs.fuse.mounting import Mount, check_mountpoint, mount
 from tests.ceph import wait_until
 
 P = ParamSpec("P")

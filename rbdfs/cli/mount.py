@@ -3,12 +3,15 @@
 import argparse
 import logging
 import os
+import re
 from functools import partial
 from pathlib import Path
 
 from rbdfs.cli.cluster import EPILOG, add_cluster_options, cluster_options
 from rbdfs.cli.types import octal, size
-from rbdfs.errors import UsageError
+
+OPTION = re.compile(r'(?:\\.|"[^"]*"|[^,])+')
+"""Of those that commas separate after -o; a comma in an option stands in quotes or behind a backslash."""
 
 
 def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -59,7 +62,7 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="OPTION[,...]",
         action="append",
         default=[],
-        help="the options above without their dashes (allow_other,uid=1000), or libfuse's own",
+        help="the options above without their dashes (allow_other,uid=1000), or those of mount(8) and of FUSE (noexec)",
     )
     add_cluster_options(parser)
     parser.set_defaults(command=partial(_mount, parser), moves_data=True)
@@ -67,7 +70,7 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from rbdfs.commands.mount import MountOptions, mount  # noqa: PLC0415  (needs pyfuse3, trio, rados and rbd)
-    from rbdfs.fuse.mounting import parse_options  # noqa: PLC0415
+    from rbdfs.fuse.mount_options import parse_options  # noqa: PLC0415
     from rbdfs.fuse.operations import Presentation  # noqa: PLC0415
 
     fuse_options = _take_mount_options(parser, options)
@@ -78,7 +81,7 @@ def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             cluster=cluster_options(options),
             pools=tuple(options.pool),
             presentation=Presentation(options.uid, options.gid, options.umask, options.direct_io),
-            fuse_options=parse_options(fuse_options | ({"allow_other"} if options.allow_other else frozenset())),
+            fuse_options=parse_options([*fuse_options, *(["allow_other"] if options.allow_other else [])]),
             cache_bytes=options.cache_size,
             foreground=options.foreground,
             log_level=verbosity,
@@ -87,17 +90,13 @@ def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     )
 
 
-def _take_mount_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> frozenset[str]:
-    """Treat what follows `-o` as the option of the same name, as mount(8) and fstab have it; the rest is libfuse's."""
-    fuse_options = set()
-    for option in ",".join(options.o).split(","):
-        name, equals, value = option.partition("=")
-        if name == "rw":
-            raise UsageError("images are shown read-only: there is no -o rw")
-        if name in ("", "ro", "defaults"):
-            continue
+def _take_mount_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Treat what follows `-o` as the option of the same name, as mount(8) and fstab have it; returns all others."""
+    others = []
+    for option in (option for text in options.o for option in OPTION.findall(text)):
+        name, equals, value = re.sub(r"\\(.)", r"\1", option).partition("=")
         ours = f"--{name.replace('_', '-')}{equals}{value}"
         _, unknown = parser.parse_known_args([ours, os.fspath(options.mountpoint)], options)
         if unknown:
-            fuse_options.add(option)
-    return frozenset(fuse_options)
+            others.append(f"{name}{equals}{value}")
+    return others

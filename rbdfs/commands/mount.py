@@ -19,7 +19,8 @@ from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.commands.ending import exit_at_the_latest
 from rbdfs.errors import MountError, RbdfsError
-from rbdfs.fuse.mounting import FuseOptions, check_mountpoint
+from rbdfs.fuse.mount_options import FuseOptions
+from rbdfs.fuse.mounting import check_mountpoint
 from rbdfs.fuse.operations import Operations, Presentation
 from rbdfs.fuse.session import mounted, serve
 from rbdfs.fuse.tree import Tree
@@ -139,7 +140,7 @@ def _serve_in_child(options: MountOptions, say: int) -> NoReturn:
         trio.run(_serve, options, ready)
         status = 0
     except RbdfsError as error:
-        os.write(say, str(error).encode())
+        os.write(say, str(error).encode(errors="backslashreplace"))
     except BaseException as error:
         log.critical("the mount ended", exc_info=True)
         with suppress(OSError):  # closed, once it was usable

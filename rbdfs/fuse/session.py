@@ -11,6 +11,7 @@ import trio
 
 from rbdfs.fuse import mounting
 from rbdfs.fuse.device import Device
+from rbdfs.fuse.mount_options import FuseOptions
 from rbdfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Session:
 
 
 @contextmanager
-def mounted(operations: Operations, mountpoint: Path, options: mounting.FuseOptions) -> Iterator[Session]:
+def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> Iterator[Session]:
     """Mount, and unmount at the end, lazily: a reader that waits then gets an error. Raises MountError."""
     mount = mounting.mount(mountpoint, options)
     try:
@@ -63,6 +64,7 @@ async def serve(session: Session, ready: Callable[[], None]) -> None:
         async def tune_when_usable() -> None:
             await session.device.initialized.wait()
             _tune(session.mount)
+            log.info("mounted on %s", session.mount.mountpoint)
             ready()
 
         nursery.start_soon(serve_the_rest)
