@@ -16,7 +16,6 @@ from rbdfs.errors import ConnectError, RbdfsError
 
 READ_OPTIONS: Mapping[str, str] = {
     "librados_thread_count": "1",
-    "rbd_non_blocking_aio": "false",
     "rbd_atime_update_interval": "0",
 }
 """Ceph options for a connection that only reads; what the user configured goes over them.

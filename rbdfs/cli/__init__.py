@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rbdfs import __version__
-from rbdfs.ceph.memory import keep_freed_memory
 from rbdfs.cli.cluster import EPILOG
 from rbdfs.cli.devcluster import add_devcluster
 from rbdfs.cli.images import add_export, add_map
@@ -34,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. The exit status."""
     ours, command_line = _split_at_dashes(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(ours, argparse.Namespace(command_line=command_line, moves_data=False))
-        if options.moves_data:
-            keep_freed_memory()
+        options = _parser().parse_args(ours, argparse.Namespace(command_line=command_line))
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except UsageError as error:

@@ -53,7 +53,7 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--no-progress", action="store_true", help="only tell what is wrong")
     add_cluster_options(parser)
-    parser.set_defaults(command=_export, moves_data=True)
+    parser.set_defaults(command=_export)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="the options above without their dashes (allow_other,uid=1000), or those of mount(8) and of FUSE (noexec)",
     )
     add_cluster_options(parser)
-    parser.set_defaults(command=partial(_mount, parser), moves_data=True)
+    parser.set_defaults(command=partial(_mount, parser))
 
 
 def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from rbdfs.catalog import ImageRef
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.memory import use_one_heap
 from rbdfs.commands.ending import exit_at_the_latest, until_signalled
 from rbdfs.commands.find import find
 from rbdfs.commands.progress import load_bar, show_progress, summary
@@ -67,6 +68,7 @@ def export(options: ExportOptions) -> int:
         check_new(options.path, resume=options.resume)
     if options.progress:
         load_bar()
+    use_one_heap()
     return trio.run(_Export(options, spec).run)
 
 

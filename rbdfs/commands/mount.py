@@ -17,6 +17,7 @@ import trio
 
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.ceph.memory import use_one_heap
 from rbdfs.commands.ending import exit_at_the_latest
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.mount_options import FuseOptions
@@ -63,6 +64,7 @@ def mount(options: MountOptions) -> int:
     Raises RbdfsError if the file system could not be mounted; then nothing stays behind.
     """
     check_mountpoint(options.mountpoint)
+    use_one_heap()
     if options.foreground:
         _log_to(options, logging.StreamHandler(sys.stderr))
         trio.run(_serve, options, lambda: None)

@@ -51,8 +51,13 @@ RECEIVED_AT_ONCE: Final = 32
 SOCKET_BYTES: Final = 8 << 20
 """Asked for as the socket's buffers; without root the kernel gives 416 KiB (net.core.wmem_max, twice)."""
 
-_MESSAGE_ROOM: Final = 640
-"""What a message takes in a socket's buffer beside twice its bytes, at most (sk_buff: 512; seen on Linux 6.18)."""
+_MESSAGE_ROOM: Final = 896
+"""What a message takes in a socket's buffer beside twice its bytes, at most: the kernel adds 320 bytes, takes the next
+power of two, and adds 256 (skb_shared_info and sk_buff; 894 is the most seen on Linux 6.18, for 193 bytes)."""
+
+READ_AGAIN_SECONDS: Final = 1.0
+"""How long the device is left alone after an error that the kernel has no reason to return: if it comes each time, it
+costs one line in the log each time."""
 
 _SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; Python does not name it
 
@@ -109,8 +114,12 @@ class Device:
             nursery.start_soon(self._pass_replies)
             while True:
                 await trio.lowlevel.wait_readable(self._kernel)
-                if not self._receive():
-                    break
+                try:
+                    if not self._receive():
+                        break
+                except OSError as error:
+                    log.error("cannot read a request, the next try is in %g s: %s", READ_AGAIN_SECONDS, error)
+                    await trio.sleep(READ_AGAIN_SECONDS)
             nursery.cancel_scope.cancel()
 
     def close(self) -> None:
@@ -119,7 +128,7 @@ class Device:
         self._socket.close()
 
     def _receive(self) -> bool:
-        """Take the requests that are there. False at the end of the mount."""
+        """Take the requests that are there. False at the end of the mount; raises other errors of the device."""
         request = self._request
         for _ in range(RECEIVED_AT_ONCE):
             try:
@@ -129,9 +138,9 @@ class Device:
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     return False
-                if error.errno not in (errno.ENOENT, errno.EINTR):  # ENOENT: interrupted before it was read
-                    log.error("cannot read a request: %s", error)
-                return True
+                if error.errno in (errno.ENOENT, errno.EINTR):  # ENOENT: interrupted before it was read
+                    return True
+                raise
             if not length:
                 return False
             _, opcode, unique, inode, handle, offset, count = REQUEST.unpack_from(request)
@@ -229,9 +238,8 @@ class Device:
                 log.error("a request (opcode %d) could not be passed on: %s", opcode, error)
                 self._fail(unique, errno.EIO)
                 continue
-            if opcode != protocol.DESTROY:  # which has no answer
-                self._passed[unique] = opcode, room
-                self._room -= room
+            self._passed[unique] = opcode, room
+            self._room -= room
 
     async def _pass_replies(self) -> None:
         """Hand the kernel what pyfuse3 answers."""
@@ -245,13 +253,16 @@ class Device:
                 except OSError as error:
                     log.error("pyfuse3's replies end: %s", error)
                     return
-                if length < REPLY.size:
+                if not length:
                     log.debug("pyfuse3 has closed its end")
                     return
                 self._pass_reply(self._reply[:length])
             self._pass_requests()
 
     def _pass_reply(self, reply: bytearray) -> None:
+        if len(reply) < REPLY.size:
+            log.error("a reply of %d bytes is not one", len(reply))
+            return
         _, _, unique = REPLY.unpack_from(reply)
         opcode, room = self._passed.pop(unique, (0, 0))
         self._room += room

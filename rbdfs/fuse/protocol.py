@@ -14,7 +14,6 @@ LISTXATTR: Final = 23
 INIT: Final = 26
 READDIR: Final = 28
 INTERRUPT: Final = 36
-DESTROY: Final = 38
 IOCTL: Final = 39
 BATCH_FORGET: Final = 42
 READDIRPLUS: Final = 44

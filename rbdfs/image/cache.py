@@ -81,8 +81,6 @@ class CacheCounts:
 
     hits: int = 0
     misses: int = 0
-    aios: int = 0
-    fetched_bytes: int = 0
     copied_bytes: int = 0
     evictions: int = 0
 
@@ -246,22 +244,20 @@ class ObjectCache:
         self._throttle.submit(fetch, fetch.length, self._start, urgent=urgent)
 
     def _start(self, fetch: Fetch) -> None:
-        self._make_room(fetch.length)
+        self._make_room()
         fetch.image.backend.start_read(fetch.offset, fetch.length, partial(self._finish, fetch))
 
     def _start_unkept(self, request: tuple[CachedImage, int, int, OnRead]) -> None:
         image, offset, length, callback = request
-        self._make_room(length)
+        self._make_room()
         image.backend.start_read(offset, length, partial(self._finish_unkept, length, callback))
 
     def _finish_unkept(self, length: int, callback: OnRead, result: ReadResult) -> None:
         callback(result)
         self._throttle.done(length)
 
-    def _make_room(self, length: int) -> None:
-        """An aio of this many bytes starts: make room for them."""
-        self.counts.aios += 1
-        self.counts.fetched_bytes += length
+    def _make_room(self) -> None:
+        """For what was just started."""
         # librados's copies count as many as they ever were at once: the memory that it gives back lies between what it
         # still has, and buffers of ours do not fit in. (With a budget of 256 MiB, four `cp`s at once took 440 to 500 MB
         # when only those in flight were counted, 310 to 390 so.)

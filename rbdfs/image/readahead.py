@@ -101,7 +101,15 @@ class Readahead:
                 found = self._fronts.get(piece)
                 if found is not None and found.front - skip <= end and offset <= found.front + skip:
                     return self._on_second_read(piece, found, offset, length, size, limit)
-            self._on_lone_read(end, length)
+            # A read near no other: maybe the first one of a sequential reader.
+            self._alone += 1
+            self.is_random = self._alone >= RANDOM_READS
+            fronts = self._fronts
+            stream = fronts.pop(next(iter(fronts))) if len(fronts) >= STREAMS else Stream()
+            stream.front = end
+            stream.read = length
+            stream.advances = 1
+            fronts[end // FRONT_BYTES] = stream
             return None
         if stream is not self._streams[-1]:
             self._streams.remove(stream)
@@ -113,17 +121,6 @@ class Readahead:
         if stream.window and stream.front + stream.window <= stream.ahead:
             return None  # as most reads of a sequential reader: the window has not come to the next transfer
         return self._extend(stream, offset, size, limit)
-
-    def _on_lone_read(self, end: int, length: int) -> None:
-        """A read near no other: maybe the first one of a sequential reader."""
-        self._alone += 1
-        self.is_random = self._alone >= RANDOM_READS
-        fronts = self._fronts
-        stream = fronts.pop(next(iter(fronts))) if len(fronts) >= STREAMS else Stream()
-        stream.front = end
-        stream.read = length
-        stream.advances = 1
-        fronts[end // FRONT_BYTES] = stream
 
     def _on_second_read(
         self, piece: int, stream: Stream, offset: int, length: int, size: int, limit: Callable[[], int]
