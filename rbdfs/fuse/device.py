@@ -28,7 +28,7 @@ import trio
 from rbdfs.errors import RbdfsError
 from rbdfs.fuse import protocol
 from rbdfs.fuse.protocol import HEADER_BYTES, LSEEK, LSEEK_OUT, READ, REPLY, REQUEST
-from rbdfs.image.backend import Buffer, OnRead, ReadResult
+from rbdfs.image.backend import OnRead, ReadResult
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OnSeek
 
@@ -146,7 +146,7 @@ class Device:
             _, opcode, unique, inode, handle, offset, count = REQUEST.unpack_from(request)
             try:
                 if opcode == READ and length >= protocol.READ_BYTES and (file := self._files.get(handle)):
-                    file.start_read(offset, count, partial(self._finish_read, unique))
+                    file.start_read(offset, count, partial(self._answer, unique))
                 else:
                     self._dispatch(opcode, unique, inode, length)
             except Exception:
@@ -181,8 +181,8 @@ class Device:
             self._waiting.append((opcode, unique, room, bytes(request[:length])))
             self._pass_requests()
 
-    def _finish_read(self, unique: int, result: ReadResult) -> None:
-        """Answer a READ."""
+    def _answer(self, unique: int, result: ReadResult) -> None:
+        """Answer a READ or an LSEEK, with bytes or an error."""
         if isinstance(result, RbdfsError):
             log.error("%s", result)
             self._fail(unique, result.errno)
@@ -193,27 +193,19 @@ class Device:
             self._not_taken(unique, error)
 
     def _finish_seek(self, unique: int, offset: int, result: int | RbdfsError | None) -> None:
-        """Answer an LSEEK."""
-        if isinstance(result, RbdfsError):
-            log.error("%s", result)
-            self._fail(unique, result.errno if result.errno != errno.ENOSYS else errno.EIO)
-        elif result is None:
+        if result is None:
             self._fail(unique, errno.ENXIO)
-        elif not offset <= result < 1 << 63:  # an answer that does not advance makes cp loop for ever
-            log.error("a seek from %d has found %d", offset, result)
-            self._fail(unique, errno.EIO)
-        else:
+        elif isinstance(result, RbdfsError):
+            self._answer(unique, result)
+        elif offset <= result < 1 << 63:
             self._answer(unique, LSEEK_OUT.pack(result))
-
-    def _answer(self, unique: int, data: Buffer) -> None:
-        try:
-            os.writev(self._kernel, (REPLY.pack(REPLY.size + len(data), 0, unique), data))
-        except OSError as error:
-            self._not_taken(unique, error)
+        else:  # an answer that does not advance makes cp loop for ever
+            self._answer(unique, RbdfsError(f"a seek from {offset} has found {result}"))
 
     def _fail(self, unique: int, error: int) -> None:
         """Answer with an error; the kernel ignores it if the request is answered already."""
-        error = error if 0 < error <= protocol.ERRNO_MAX else errno.EIO
+        if not 0 < error <= protocol.ERRNO_MAX or error == errno.ENOSYS:  # after ENOSYS the kernel never asks again
+            error = errno.EIO
         with suppress(OSError):
             os.write(self._kernel, REPLY.pack(REPLY.size, -error, unique))
 
