@@ -136,7 +136,7 @@ class ObjectCache:
             self._answer(parts, callback)
             return
         self.counts.misses += 1
-        if keep:
+        if keep and length <= self._largest_fetch:
             self._fetch_missing(image, offset, length, callback)
         else:
             self._throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
@@ -198,13 +198,9 @@ class ObjectCache:
         """Ask for what is missing of a range, and answer from that and from what is cached."""
         start = offset - offset % MISS_ALIGNMENT
         end = min(image.backend.size, -(-(offset + length) // MISS_ALIGNMENT) * MISS_ALIGNMENT)
-        end = max(end, offset + length)
+        if end - start > self._largest_fetch or end < offset + length:
+            start, end = offset, offset + length
         object_size = image.layout.object_size
-        if end - start > self._largest_fetch:
-            fetch = Fetch(image, offset, length)
-            fetch.waiters.append((callback, 0, length))
-            self._submit(fetch, urgent=True, listed=False)
-            return
         if (
             not image.layout.is_striped
             and start // object_size not in image.objects
@@ -223,33 +219,31 @@ class ObjectCache:
         parts = self._cached_parts(image, offset, length)
         if parts is not None:
             self._answer(parts, callback)
-            return
-        # To make room for a part, a budget hardly larger than this read has dropped another.
-        fetch = Fetch(image, offset, length)
-        fetch.waiters.append((callback, 0, length))
-        self._submit(fetch, urgent=True, listed=False)
+        else:  # to make room for a part, a budget hardly larger than this read has dropped another
+            self._throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
 
-    def _submit(self, fetch: Fetch, *, urgent: bool, listed: bool = True) -> None:
-        """Ask for bytes of which none is listed; `listed` lets others find them."""
-        if listed:
-            fetch.listed = True
-            image, offset, length = fetch.image, fetch.offset, fetch.length
-            layout = image.layout
-            object_no, position = divmod(offset, layout.object_size)
-            if not layout.is_striped and position + length <= layout.object_size and object_no not in image.objects:
-                image.objects[object_no] = [(position, position + length, fetch, 0)]
-                fetch.objects = (object_no,)
-            else:
-                self._list(fetch)
-        self._throttle.submit(fetch, fetch.length, self._start, urgent=urgent)
+    def _submit(self, fetch: Fetch, *, urgent: bool) -> None:
+        """Ask for bytes of which none is listed, and list them: others find them."""
+        fetch.listed = True
+        image, offset, length = fetch.image, fetch.offset, fetch.length
+        layout = image.layout
+        object_no, position = divmod(offset, layout.object_size)
+        if not layout.is_striped and position + length <= layout.object_size and object_no not in image.objects:
+            image.objects[object_no] = [(position, position + length, fetch, 0)]
+            fetch.objects = (object_no,)
+        else:
+            self._list(fetch)
+        self._throttle.submit(fetch, length, self._start, urgent=urgent)
 
     def _start(self, fetch: Fetch) -> None:
-        self._make_room()
+        if self._complete_bytes + self._throttle.bytes + self._throttle.peak_bytes > self.budget_bytes:
+            self._make_room()
         fetch.image.backend.start_read(fetch.offset, fetch.length, partial(self._finish, fetch))
 
     def _start_unkept(self, request: tuple[CachedImage, int, int, OnRead]) -> None:
         image, offset, length, callback = request
-        self._make_room()
+        if self._complete_bytes + self._throttle.bytes + self._throttle.peak_bytes > self.budget_bytes:
+            self._make_room()
         image.backend.start_read(offset, length, partial(self._finish_unkept, length, callback))
 
     def _finish_unkept(self, length: int, callback: OnRead, result: ReadResult) -> None:

@@ -118,7 +118,8 @@ class Readahead:
         self.is_random = False
         stream.read += length
         stream.front = max(stream.front, end)
-        if stream.window and stream.front + stream.window <= stream.ahead:
+        window = stream.window or min(self.window, max(self.transfer, GROWTH * stream.read))
+        if stream.front + window <= stream.ahead or stream.ahead >= size:
             return None  # as most reads of a sequential reader: the window has not come to the next transfer
         return self._extend(stream, offset, size, limit)
 
