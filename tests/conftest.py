@@ -56,7 +56,9 @@ def mounts(ceph: Ceph) -> Iterator[Callable[..., Mount]]:
             folder = Path(tempfile.mkdtemp(prefix="rbdfs-mount-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             # For a mount of which something was not as expected; else it is unmounted by then.
-            stack.callback(subprocess.run, ["umount", "-l", "-q", str(folder / "mnt")], capture_output=True, check=False)
+            stack.callback(
+                subprocess.run, ["umount", "-l", "-q", str(folder / "mnt")], capture_output=True, check=False
+            )
             mounted = Mount(ceph, folder, arguments, module)
             stack.callback(mounted.end)
             # A process that waits for a mount cannot be killed, not even by a test's timeout: the mount can.

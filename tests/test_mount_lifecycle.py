@@ -15,7 +15,7 @@ import pytest
 import rbd
 
 from rbdfs import __version__
-from tests.ceph import MIB, RBDFS, READ_ONLY_CAPS, Ceph, Mount, random_bytes, rbdfs, wait_until
+from tests.ceph import CHECKOUT, MIB, RBDFS, READ_ONLY_CAPS, Ceph, Mount, random_bytes, rbdfs, wait_until
 
 Mounts = Callable[..., Mount]
 STOP_SECONDS = 5
@@ -96,10 +96,20 @@ def test_a_dead_mount_is_refused_with_the_command_that_frees_it(ceph: Ceph, moun
     assert not mount.is_mounted
 
 
-def test_options_that_libfuse_does_not_know_and_writing_are_refused(ceph: Ceph, folder: Path) -> None:
-    assert "unknown option" in refused("-o", "no_such_option", conf=ceph.conf, folder=folder)
-    done = rbdfs("mount", "-o", "rw", str(folder), conf=ceph.conf)
-    assert (done.returncode, done.stderr) == (2, "rbdfs: images are shown read-only: there is no -o rw\n")
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("ro,no_such=1", "unknown mount option no_such; see rbdfs mount --help, for FUSE's own man mount.fuse3"),
+        ("max_read=x", "the mount option max_read takes a value: max_read=BYTES"),
+        ("rw", "images are shown read-only: there is no -o rw"),
+    ],
+)
+def test_options_that_nobody_knows_and_writing_are_refused_before_anything_is_connected(
+    folder: Path, option: str, reason: str
+) -> None:
+    done = rbdfs("mount", "-c", "/nonexistent.conf", "-o", option, str(folder))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"rbdfs: {reason}\n")
+    assert str(folder) not in Path("/proc/self/mounts").read_text()
 
 
 def test_options_after_o_are_the_options_of_the_same_name(ceph: Ceph, mounts: Mounts) -> None:
@@ -128,7 +138,7 @@ def test_the_version_is_printed() -> None:
 @pytest.mark.parametrize(("module", "package"), [("pyfuse3", "python3-pyfuse3"), ("rados", "python3-rados")])
 def test_a_missing_module_is_one_line_that_names_the_package(folder: Path, module: str, package: str) -> None:
     (folder.parent / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
-    environment = os.environ | {"PYTHONPATH": f"{folder.parent}:{Path(__file__).parent.parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{folder.parent}:{CHECKOUT}"}
     done = subprocess.run(
         [*RBDFS, "mount", str(folder)], env=environment, capture_output=True, text=True, check=False, timeout=60
     )
@@ -181,33 +191,40 @@ def test_a_signal_ends_it_within_5_s_also_while_files_are_read(ceph: Ceph, mount
     assert ceph.watchers(name) == []
 
 
-def test_in_the_foreground_it_serves_until_sigint_and_logs_to_stderr(ceph: Ceph, folder: Path) -> None:
-    environment = os.environ | {"CEPH_CONF": str(ceph.conf), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [*RBDFS, "mount", "--foreground", "-v", str(folder)]
+@contextlib.contextmanager
+def in_the_foreground(ceph: Ceph, folder: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A mount that is usable, as a child of this process."""
+    environment = os.environ | {"CEPH_CONF": str(ceph.conf), "PYTHONPATH": str(CHECKOUT)}
+    command = [*RBDFS, "mount", "--foreground", *arguments, str(folder)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: (folder / "rbd").is_dir())
+        try:
+            wait_until(lambda: (folder / "rbd").is_dir())
+            yield process
+        except BaseException:
+            process.kill()
+            subprocess.run(["umount", "-l", "-q", str(folder)], check=False)
+            raise
+
+
+def test_in_the_foreground_it_serves_until_sigint_and_logs_to_stderr(ceph: Ceph, folder: Path) -> None:
+    with in_the_foreground(ceph, folder, "-v") as process:
         process.send_signal(signal.SIGINT)
-        assert process.wait(STOP_SECONDS) == 0
-        assert process.stderr is not None
-        assert "stopping at SIGINT" in process.stderr.read()
+        _, said = process.communicate(timeout=STOP_SECONDS)
+        assert process.returncode == 0
+    assert "stopping at SIGINT" in said
     assert list(folder.iterdir()) == []
 
 
 def test_it_ends_in_good_order_with_images_that_were_just_closed(ceph: Ceph, folder: Path) -> None:
-    environment = os.environ | {"CEPH_CONF": str(ceph.conf), "PYTHONPATH": str(Path(__file__).parent.parent)}
     names = [ceph.unique("closed") for _ in range(3)]
     for name in names:
         ceph.make_image(name, random_bytes(MIB))
-    for way in ((), ("--callbacks",)):
-        command = [*RBDFS, "mount", "--foreground", *way, str(folder)]
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-            wait_until(lambda: (folder / "rbd").is_dir())
-            for name in names:
-                assert (folder / "rbd" / name).read_bytes() == random_bytes(MIB)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(STOP_SECONDS) == 0
-            assert process.stderr is not None
-            assert process.stderr.read() == ""
+    with in_the_foreground(ceph, folder) as process:
+        for name in names:
+            assert (folder / "rbd" / name).read_bytes() == random_bytes(MIB)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=STOP_SECONDS)
+        assert (process.returncode, said) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -251,13 +268,3 @@ def test_the_reader_key_of_the_documentation_is_enough(ceph: Ceph, mounts: Mount
     ceph.make_image(name, b"content")
     keyring = ceph.make_key("documented", *READ_ONLY_CAPS)
     assert mounts("--id", "documented", "-k", str(keyring)).image(name).read_bytes() == b"content"
-
-
-def test_a_mount_has_glibc_set_up_and_what_the_user_set_there_goes_over_it(
-    mounts: Mounts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=3")
-    # glibc splits the setting in place when a program starts.
-    environment = Path(f"/proc/{mounts().pid}/environ").read_text().replace("\0", ":")
-    assert "glibc.malloc.tcache_count=0:" in environment
-    assert 0 < environment.find("glibc.malloc.arena_max=64:") < environment.find("glibc.malloc.arena_max=3:")
