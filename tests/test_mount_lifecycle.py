@@ -113,8 +113,9 @@ def test_options_that_nobody_knows_and_writing_are_refused_before_anything_is_co
 
 
 def test_options_after_o_are_the_options_of_the_same_name(ceph: Ceph, mounts: Mounts) -> None:
-    mount = mounts("-o", "ro,allow_other,uid=1234,gid=55,umask=0007,noexec")
+    mount = mounts("-o", r"ro,allow_other,fsname=a\,b,uid=1234,gid=55,umask=0007,noexec")
     line = next(line for line in Path("/proc/self/mounts").read_text().splitlines() if str(mount.path) in line)
+    assert line.startswith("a,b ")
     assert "allow_other" in line
     assert "noexec" in line
     status = (mount.path / "rbd").stat()
