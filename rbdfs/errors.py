@@ -1,6 +1,11 @@
 """What can go wrong, as one family: each error carries the errno that a reader of the mount gets."""
 
 import errno
+import logging
+from typing import Final
+
+NOTICE: Final = logging.INFO + 5
+"""The level of good news that an operator should see without -v: a trouble is over (syslog's `notice`)."""
 
 
 class RbdfsError(Exception):
@@ -49,3 +54,7 @@ class StaleError(RbdfsError):
 
 class TargetError(RbdfsError):
     """What an image is copied to cannot be made, or not be written."""
+
+
+class LabelError(TargetError):
+    """A file is not known to be the copy that it would have to be, to be brought up to date by what has changed."""

@@ -1,5 +1,6 @@
 """What an image's objects are called, and which of its bytes are its own, its parent's, or nobody's."""
 
+import contextlib
 from dataclasses import dataclass
 
 import rados
@@ -30,7 +31,7 @@ class Allocation:
     own: Ranges
     """What it holds itself, in whole objects."""
     shown: Ranges
-    """That, and what its parent holds."""
+    """That, and what its parent holds; of an image in migration all, for its source may hold the rest."""
 
     def object_name(self, number: int) -> str:
         """What an object is called in the data pool."""
@@ -46,13 +47,14 @@ def allocation(ioctx: rados.Ioctx, image: ImageRef, offset: int, length: int | N
         stat = opened.stat()
         length = max(0, min(stat["size"] - offset, stat["size"] if length is None else length))
         own = _ranges(opened, offset, length, include_parent=False)
-        try:
+        parent, shown = "", own
+        if opened.features() & rbd.RBD_FEATURE_MIGRATING:
+            shown = [(offset, length)]  # librbd aborts the process over some sources (tracker 53786)
+        with contextlib.suppress(rbd.ImageNotFound):
             spec = opened.get_parent_image_spec()
             namespace = f"{spec['pool_namespace']}/" if spec["pool_namespace"] else ""
             parent = f"{spec['pool_name']}/{namespace}{spec['image_name']}@{spec['snap_name']}"
             shown = _ranges(opened, offset, length, include_parent=True)
-        except rbd.ImageNotFound:
-            parent, shown = "", own
         return Allocation(
             size=stat["size"],
             object_size=1 << stat["order"],

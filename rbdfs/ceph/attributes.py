@@ -8,7 +8,6 @@ import errno
 import struct
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
 from typing import Final
 
 import rbd
@@ -16,17 +15,18 @@ import rbd
 from rbdfs.catalog import ImageRef, Namespace
 from rbdfs.ceph import header, librados
 from rbdfs.ceph.directory import DIRECTORY
-from rbdfs.ceph.encoding import NANOSECONDS, Reader, encode_string
+from rbdfs.ceph.encoding import NANOSECONDS, Reader, encode_string, understood
 from rbdfs.ceph.errors import translated
+from rbdfs.ceph.paging import listed
 from rbdfs.ceph.read_op import Call, ReadOperations, Request
 from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread
 
 META: Final = "meta."
 """Before the keys of an image's own metadata (`rbd image-meta`)."""
 
 _TRASH: Final = "rbd_trash"
+_TRASH_VERSION: Final = 2  # of a `cls::rbd::TrashImageSpec`: the newest that we know
 _KEYS_A_PAGE: Final = 64
 _PROTECTED: Final = 2  # RBD_PROTECTION_STATUS_PROTECTED
 _FOR_READING: Final = b"\1"  # which features matter to one who does not write
@@ -40,6 +40,9 @@ _FLAGS: Final = ("object map invalid", "fast diff invalid")
 Fact = Callable[[ImageRef], Awaitable[str]]
 """Asks for one fact. Raises RbdfsError."""
 
+AskLibrbd = Callable[[ImageRef, Callable[[rbd.Image], str]], Awaitable[str]]
+"""Opens an image read-only in librbd, and calls what takes it, in a thread. Raises RbdfsError."""
+
 
 class AttributeReader:
     """Asks for the facts of images, one by one. What an image has none of (a parent, a lock) is empty."""
@@ -49,13 +52,12 @@ class AttributeReader:
         operations: ReadOperations,
         ioctx_of: Callable[[Namespace], librados.Ioctx],
         pool_name: Callable[[int], str],
-        open_image: Callable[[ImageRef], AbstractContextManager[rbd.Image]],
+        ask_librbd: AskLibrbd,
     ) -> None:
-        """`open_image` opens read-only in librbd; it blocks and raises rbd's errors."""
         self._operations = operations
         self._ioctx_of = ioctx_of
         self._pool_name = pool_name
-        self._open_image = open_image
+        self._ask_librbd = ask_librbd
         self._known: dict[str, Fact] = {
             "id": _known(lambda image: image.id),
             "pool": _known(lambda image: image.namespace.pool.name),
@@ -109,10 +111,11 @@ class AttributeReader:
     async def value(self, image: ImageRef, name: str) -> str:
         """See `Catalog.attribute`."""
         fact = self._facts_of(image).get(name)
-        if fact is not None:
-            return await fact(image)
-        if name.startswith(META) and image.format != 1:
-            return await self._metadata(image, name.removeprefix(META))
+        with understood(f"the {name} of image {image.id} of {image.namespace}"):
+            if fact is not None:
+                return await fact(image)
+            if name.startswith(META) and image.format != 1:
+                return await self._metadata(image, name.removeprefix(META))
         raise RbdfsError(f"there is no fact {name} of image {image.id} of {image.namespace}", errno.ENODATA)
 
     def _facts_of(self, image: ImageRef) -> dict[str, Fact]:
@@ -131,31 +134,27 @@ class AttributeReader:
 
         async def fact(image: ImageRef) -> str:
             which = _snapshot_argument(image) if as_of_snapshot else b""
-            return decode(await self._call(image, method, which + argument))
+            return decode(await self._read(image, method, which + argument))
 
         return fact
 
     def _opened(self, ask: Callable[[rbd.Image], str]) -> Fact:
         """What librbd tells of the open image."""
 
-        async def fact(image: ImageRef) -> str:
-            def in_librbd() -> str:
-                with translated(f"open image {image.id} of {image.namespace}"), self._open_image(image) as opened:
-                    return ask(opened)
+        return lambda image: self._ask_librbd(image, ask)
 
-            return await in_thread(in_librbd)
-
-        return fact
-
-    async def _call(self, image: ImageRef, method: bytes, argument: bytes = b"") -> Reader:
+    async def _call(self, image: ImageRef, method: bytes, argument: bytes = b"") -> bytes:
         name = header.object_of(image)
         reply = await self._operations.ask(Request(self._ioctx_of(image.namespace), name, [Call(method, argument)]))
-        return Reader(reply.answer(0, f"call {method.decode()} on {name}"))
+        return reply.answer(0, f"call {method.decode()} on {name}")
+
+    async def _read(self, image: ImageRef, method: bytes, argument: bytes = b"") -> Reader:
+        return Reader(await self._call(image, method, argument))
 
     # ---- facts
 
     async def _object_size(self, image: ImageRef) -> str:
-        return str(1 << (await self._call(image, b"get_size", _snapshot_argument(image))).u8())
+        return str(1 << (await self._read(image, b"get_size", _snapshot_argument(image))).u8())
 
     async def _stripe_unit(self, image: ImageRef) -> str:
         return (
@@ -170,11 +169,11 @@ class AttributeReader:
         return str(reader.u64())
 
     async def _is_striped(self, image: ImageRef) -> bool:
-        features = await self._call(image, b"get_features", _snapshot_argument(image) + _FOR_READING)
+        features = await self._read(image, b"get_features", _snapshot_argument(image) + _FOR_READING)
         return bool(features.u64() & rbd.RBD_FEATURE_STRIPINGV2)
 
     async def _stripe(self, image: ImageRef) -> Reader:
-        return await self._call(image, b"get_stripe_unit_count")
+        return await self._read(image, b"get_stripe_unit_count")
 
     def _pool(self, reader: Reader) -> str:
         pool_id = reader.s64()
@@ -185,18 +184,20 @@ class AttributeReader:
             return self._pool_name(pool_id)
 
     async def _snapshots(self, image: ImageRef) -> str:
-        found = await header.snapshots(self._operations, self._ioctx_of(image.namespace), image)
+        _, found = await header.snapshots(self._operations, self._ioctx_of(image.namespace), image)
         return "\n".join(snapshot.name for snapshot in found if snapshot.is_users)
 
     async def _snapshot(self, image: ImageRef) -> str:
-        for snapshot in await header.snapshots(self._operations, self._ioctx_of(image.namespace), image):
+        _, found = await header.snapshots(self._operations, self._ioctx_of(image.namespace), image)
+        for snapshot in found:
             if snapshot.id == image.snapshot_id:
                 return snapshot.name
         raise RbdfsError(f"image {image.id} of {image.namespace} has no snapshot {image.snapshot_id}", errno.ENOENT)
 
     async def _parent_of(self, image: ImageRef) -> header.Parent | None:
         request = header.request(self._ioctx_of(image.namespace), image)
-        return header.decode(image, await self._operations.ask(request)).parent
+        (reply,) = await header.ask(self._operations, [request])
+        return header.decode(image, reply).parent
 
     async def _parent_overlap(self, image: ImageRef) -> str:
         parent = await self._parent_of(image)
@@ -222,28 +223,23 @@ class AttributeReader:
             if error.errno != errno.ENOENT:
                 raise
         reply = await self._operations.ask(Request(ioctx, _TRASH, [Call(b"trash_get", image_id)]))
-        reader = Reader(reply.answer(0, what))
-        reader.version()
+        _, reader = Reader(reply.answer(0, what)).structure(_TRASH_VERSION)
         reader.u8()  # who moved it there
         return reader.string(), f" (trash {image.id})"
 
     # ---- metadata
 
     async def _metadata_keys(self, image: ImageRef) -> list[str]:
-        keys: list[str] = []
-        page = _KEYS_A_PAGE
-        while page == _KEYS_A_PAGE:
-            start = encode_string(keys[-1] if keys else "") + struct.pack("<Q", _KEYS_A_PAGE)
-            reader = await self._call(image, b"metadata_list", start)
-            page = reader.u32()
-            for _ in range(page):
-                keys.append(reader.string())
-                reader.bytes()  # its value
-        return keys
+        with understood(f"the metadata of image {image.id} of {image.namespace}"):
+            return list(
+                await listed(
+                    lambda _, argument: self._call(image, b"metadata_list", argument), _KEYS_A_PAGE, Reader.bytes
+                )
+            )
 
     async def _metadata(self, image: ImageRef, key: str) -> str:
         try:
-            return (await self._call(image, b"metadata_get", encode_string(key))).string()
+            return (await self._read(image, b"metadata_get", encode_string(key))).string()
         except RbdfsError as error:
             raise RbdfsError(str(error), errno.ENODATA if error.errno == errno.ENOENT else error.errno) from error
 

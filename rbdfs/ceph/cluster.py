@@ -2,10 +2,10 @@
 
 import errno
 import logging
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar, TypeVarTuple
 
 import rados
 import rbd
@@ -13,43 +13,49 @@ import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
 from rbdfs.ceph import allocation, clients, directory, header, librados, placement
-from rbdfs.ceph.aio import Answer, Handover, LibrbdImage, open_in_librbd
+from rbdfs.ceph.aio import Handover, LibrbdImage, open_in_librbd
+from rbdfs.ceph.answers import Answers
 from rbdfs.ceph.attributes import AttributeReader
-from rbdfs.ceph.connect import ClusterOptions, connect, connect_for_reads
+from rbdfs.ceph.changes import Changes
+from rbdfs.ceph.connect import NEEDED_CAPS, ClusterOptions, why_no_osd_answers
+from rbdfs.ceph.connection import Connection, Connections
+from rbdfs.ceph.diff import ImageDiff, ever_held
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.facts import FactsReader
-from rbdfs.ceph.handles import Handles
-from rbdfs.ceph.image import Asks, CephImage
-from rbdfs.ceph.read_op import ReadOperations
+from rbdfs.ceph.handles import HandleCache
+from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.image_state import HeaderClient
+from rbdfs.ceph.lifetime import by_the_newest
+from rbdfs.ceph.pools import look_at, may_read
+from rbdfs.ceph.snapshots import SnapshotReader
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread, in_thread_to_its_end, wait_for_abandoned
+from rbdfs.threads import in_thread
 
 log = logging.getLogger(__name__)
 
-RBD_APPLICATION = "rbd"
-KIB = 1024
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
-ABANDONED_SECONDS = 10.0
-"""How long a disconnect waits for what a cancelled request has left behind in a thread: it uses the connection."""
+KIB = 1024
 
 
 class Cluster:
     """A `Catalog` (rbdfs/catalog.py) of a real cluster, and where images are opened."""
 
-    def __init__(self, connection: rados.Rados, name: str, handover: Handover, only_pools: frozenset[str]) -> None:
-        self._rados = connection
+    def __init__(self, connections: Connections, handover: Handover, name: str, only_pools: frozenset[str]) -> None:
+        """`connect` does this."""
+        self._connections = connections
         self._name = name
         self._handover = handover
         self._only_pools = only_pools
-        self._ioctxs: dict[Namespace, rados.Ioctx] = {}
-        self._reads: librados.Cluster
-        self._read_ioctxs: dict[Namespace, librados.Ioctx] = {}
-        self._operations = ReadOperations(handover)
-        self._handles = Handles(self._open_handle)
+        self._operations = connections.operations
+        self._headers = HeaderClient(self._operations, self._read_ioctx, connections.client_ids)
+        self._handles = HandleCache(self._read_ioctx, self._open_handle)
         self._facts = FactsReader(self._operations, self._read_ioctx)
+        self._snapshots = SnapshotReader(self._operations, self._read_ioctx)
         self._attributes = AttributeReader(
-            self._operations, self._read_ioctx, connection.pool_reverse_lookup, self._open_to_ask
+            self._operations, self._read_ioctx, self._pool_name_known, self._ask_open_image
         )
 
     @classmethod
@@ -58,33 +64,37 @@ class Cluster:
 
         Raises ConnectError, whose sentence says what is wrong on the way to the cluster, or with the rights there.
         """
-        client = await in_thread(connect, options)
-        cluster = cls(client, options.name, Handover(), frozenset(only_pools))
+        handover, only = Handover(), frozenset(only_pools)
+        connections = Connections(options, only, handover)
+        await connections.open()
+        cluster = cls(connections, handover, options.name, only)
         try:
-            cluster._reads = await in_thread_to_its_end(connect_for_reads, client, options)
             with trio.move_on_after(options.connect_timeout) as waiting:
                 await cluster._check_rights()
             if waiting.cancelled_caught:
-                raise ConnectError(
-                    f"the monitors answer, but no OSD did within {options.connect_timeout} s: see 'ceph health detail'"
-                )
+                reason = await in_thread(why_no_osd_answers, connections.current.rados, options.name)
+                raise ConnectError(f"the monitors answer, but no OSD did within {options.connect_timeout} s: {reason}")
         except BaseException:
             with trio.CancelScope(shield=True):
                 await cluster.aclose()
             raise
+        connections.recover()
         return cluster
 
     async def pools(self) -> list[Pool]:
         """See `Catalog.pools`."""
-        pools = await self._all_pools()
+        pools = await self._connections.pools()
         readable: list[Pool] = []
 
         async def ask(pool: Pool) -> None:
             try:
-                if await self._may_read(pool):
-                    readable.append(pool)
+                may_read = await self._may_read(pool)
             except RbdfsError as error:
-                log.warning("pool %s is left out of the listing: %s", pool.name, error)
+                # Left out, it would be gone for a program that mirrors the mount; listed, it is an error to enter.
+                may_read = error.errno != errno.ENOENT
+                log.warning("cannot tell whether pool %s may be read: %s", pool.name, error)
+            if may_read:
+                readable.append(pool)
 
         async with trio.open_nursery() as nursery:
             for pool in pools:
@@ -93,7 +103,7 @@ class Cluster:
 
     async def pool(self, name: str) -> Pool:
         """See `Catalog.pool`."""
-        for pool in await self._all_pools():
+        for pool in await self._connections.pools():
             if pool.name == name:
                 if await self._may_read(pool):
                     return pool
@@ -127,12 +137,11 @@ class Cluster:
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """See `Catalog.snapshots`."""
         try:
-            found = await header.snapshots(self._operations, self._read_ioctx(image.namespace), image)
+            return await self._snapshots.by_name(image)
         except RbdfsError as error:
             if error.errno == errno.ENOENT and await self._facts.is_broken(image):
                 return {}
             raise
-        return {each.name: replace(image, snapshot_id=each.id) for each in found if each.is_users}
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
         """See `Catalog.snapshot`."""
@@ -159,44 +168,60 @@ class Cluster:
 
     async def usage(self) -> Usage:
         """See `Catalog.usage`."""
-        with translated("ask how full the cluster is"):
-            stats = await in_thread(self._rados.get_cluster_stats)
+
+        def ask(client: rados.Rados) -> Mapping[str, int]:
+            with translated("ask how full the cluster is"):
+                return dict(client.get_cluster_stats())
+
+        stats = await self._connections.ask(lambda connection: partial(ask, connection.rados))
         return Usage(total=stats["kb"] * KIB, available=stats["kb_avail"] * KIB)
+
+    @property
+    def answers(self) -> Answers:
+        """How the cluster has answered lately."""
+        return self._handover.answers
 
     @property
     def fsid(self) -> str:
         """The cluster's id, which no other has."""
-        return str(self._rados.get_fsid())
+        return str(self._connections.current.rados.get_fsid())
 
     def setting(self, name: str) -> str:
         """An option of Ceph's configuration, as it is for us."""
-        return str(self._rados.conf_get(name))
+        return str(self._connections.current.rados.conf_get(name))
 
     async def writers(self, image: ImageRef) -> list[str]:
         """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
-        return await in_thread(clients.writers, self._ioctx(image.namespace), image)
+        return await self._ask_librbd(image, clients.writers, image)
 
     async def allocation(self, image: ImageRef, offset: int, length: int | None) -> allocation.Allocation:
         """Where a range of an image lies, to its end without a length. Raises RbdfsError."""
-        return await in_thread(allocation.allocation, self._ioctx(image.namespace), image, offset, length)
+        return await self._ask_librbd(image, allocation.allocation, image, offset, length)
 
     async def pool_name(self, pool_id: int) -> str:
         """What a pool is called now. Raises RbdfsError."""
-        with translated(f"look for pool {pool_id}"):
-            return str(await in_thread(self._rados.pool_reverse_lookup, pool_id))
+
+        def ask(client: rados.Rados) -> str:
+            with translated(f"look for pool {pool_id}"):
+                return str(client.pool_reverse_lookup(pool_id))
+
+        return await self._connections.ask(lambda connection: partial(ask, connection.rados))
 
     async def placements(
         self, pool_id: int, namespace: str, object_names: Iterable[str]
     ) -> Mapping[str, tuple[str, list[int]]]:
         """Of objects in a pool, present or not, the placement group and its acting OSDs. Raises RbdfsError."""
-        return await in_thread(placement.placements, self._rados, pool_id, namespace, set(object_names))
+        where = pool_id, namespace, set(object_names)
+        return await self._connections.ask(lambda connection: partial(placement.placements, connection.rados, *where))
 
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
-        ioctx = self._ioctx(image.namespace)
-        asks = Asks(self._operations, self._read_ioctx(image.namespace))
+
+        async def by_connection(_: Connection) -> CephImage:
+            return await CephImage.open(spec, image, self._headers, self._handover, self._handles, self._facts.held)
+
         try:
-            return await CephImage.open(spec, image, ioctx, asks, self._handover, self._handles)
+            return await by_the_newest(self._connections.newest, by_connection)
         except RbdfsError as error:
             if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
                 raise
@@ -206,101 +231,78 @@ class Cluster:
                 errno.EIO,
             ) from error
 
-    def _open_handle(self, image: ImageRef) -> LibrbdImage:
-        """Blocks; raises RbdfsError."""
-        return LibrbdImage(self._read_ioctx(image.namespace), image)
+    async def changes(self, since: ImageRef, later: Sequence[CephImage], kept_bytes: int) -> Changes:
+        """What has changed since a snapshot, up to those that are open, of the same image; beyond `kept_bytes` all has.
 
-    def _open_to_ask(self, image: ImageRef) -> rbd.Image:
-        """Blocks; raises rbd's errors."""
-        return open_in_librbd(self._ioctx(image.namespace), image)
+        Raises RbdfsError: ENOENT where the snapshot is gone.
+        """
+        name = partial(self._snapshot_name, since)
+        before = await self._headers.state(replace(later[0].spec, snapshot=await name()), since)
+        held = [(image, await self._facts.held(image.image)) for image in later]
+        return Changes(await name(), before, await self._facts.held(since), held, kept_bytes, name)
+
+    async def diff(self, since: ImageRef | None, image: CephImage) -> ImageDiff:
+        """What has changed in an image or snapshot since an earlier snapshot, or since it was made.
+
+        Raises RbdfsError: ENOENT where the snapshot is gone.
+        """
+        head = replace(image.image, snapshot_id=None)
+        _, snapshots = await header.snapshots(self._operations, self._read_ioctx(head.namespace), head)
+        held = await ever_held(self._facts.held, since, image.image, [snapshot.id for snapshot in snapshots])
+        if since is None:
+            return ImageDiff(image, None, None, held, None)
+        name = partial(self._snapshot_name, since)
+        before = await self._headers.state(replace(image.spec, snapshot=await name()), since)
+        return ImageDiff(image, await name(), before, held, name)
+
+    async def _snapshot_name(self, snapshot: ImageRef) -> str:
+        """What it is called now. Raises RbdfsError."""
+        for name, other in (await self.snapshots(replace(snapshot, snapshot_id=None))).items():
+            if snapshot == other:
+                return name
+        raise RbdfsError(f"snapshot {snapshot.snapshot_id} of image {snapshot.id} was removed", errno.ENOENT)
+
+    def _open_handle(self, ioctx: librados.Ioctx, image: ImageRef) -> LibrbdImage:
+        """Blocks; raises RbdfsError."""
+        return LibrbdImage(ioctx, image)
+
+    def _pool_name_known(self, pool_id: int) -> str:
+        """Raises rados's errors."""
+        return str(self._connections.current.rados.pool_reverse_lookup(pool_id))
+
+    async def _ask_librbd(self, image: ImageRef, function: Callable[[rados.Ioctx, *Ts], T], *args: *Ts) -> T:
+        """Call what blocks and uses Ceph's own binding of librbd. Raises what it raises."""
+        where = image.namespace
+        return await self._connections.ask(
+            lambda connection: partial(function, connection.ioctx(where), *args), where.pool.id
+        )
+
+    async def _ask_open_image(self, image: ImageRef, ask: Callable[[rbd.Image], str]) -> str:
+        def in_librbd(ioctx: rados.Ioctx) -> str:
+            with translated(f"open image {image.id} of {image.namespace}"), open_in_librbd(ioctx, image) as opened:
+                return ask(opened)
+
+        return await self._ask_librbd(image, in_librbd)
 
     async def aclose(self) -> None:
         """Disconnect. Every image must be closed: librados aborts the process otherwise."""
         await self._handles.aclose()
-        await in_thread_to_its_end(self._shutdown)
-
-    def _shutdown(self) -> None:
-        if not wait_for_abandoned(ABANDONED_SECONDS):
-            log.warning("the cluster still owes an answer to what was given up; leaving the connection as it is")
-            return
-        for read_ioctx in self._read_ioctxs.values():
-            read_ioctx.destroy()
-        if hasattr(self, "_reads"):
-            self._reads.shutdown()
-        for ioctx in self._ioctxs.values():
-            ioctx.close()
-        self._rados.shutdown()
-
-    async def _all_pools(self) -> list[Pool]:
-        """The pools with the rbd application, whether or not the key may read them."""
-        with translated("list the pools"):
-            return await in_thread(self._list_pools)
-
-    def _list_pools(self) -> list[Pool]:
-        # An idle client hears of no new osdmap, and so of no new pool, unless it asks.
-        self._rados.wait_for_latest_osdmap()
-        pools = []
-        for name in self._rados.list_pools():
-            if self._only_pools and name not in self._only_pools:
-                continue
-            try:
-                with self._rados.open_ioctx(name) as ioctx:
-                    if RBD_APPLICATION in ioctx.application_list():
-                        pools.append(Pool(ioctx.get_pool_id(), name))
-            except rados.ObjectNotFound:
-                log.debug("pool %s was removed while the pools were listed", name)
-        return pools
+        await self._connections.aclose()
 
     async def _may_read(self, pool: Pool) -> bool:
-        answer: Answer[int] = Answer()
-
-        def arrived(completion: rados.Completion, *_: object) -> None:
-            self._handover.post(partial(answer.give, completion.get_return_value()))
-
-        with translated(f"read pool {pool.name}"):
-            self._ioctx(Namespace(pool)).aio_stat("rbd_directory", arrived)
-        result = await answer.get()
-        if result in (0, -errno.ENOENT):
-            return True
-        if result in (-errno.EPERM, -errno.EACCES):
-            return False
-        raise RbdfsError(f"cannot read pool {pool.name}: {os.strerror(-result)}", -result)
+        return may_read(pool, await self._operations.ask(look_at(self._read_ioctx(Namespace(pool)))))
 
     async def _check_rights(self) -> None:
         """Raise ConnectError where nothing could be shown, or a pool that was asked for could not."""
-        pools = await self._all_pools()
+        pools = await self._connections.pools()
         missing = self._only_pools - {pool.name for pool in pools}
         if missing:
             raise ConnectError(f"there is no pool {', '.join(sorted(missing))} with the application rbd")
         refused = [pool.name for pool in pools if not await self._may_read(pool)]
         if refused and (self._only_pools or len(refused) == len(pools)):
-            raise ConnectError(
-                f"{self._name} may not read pool {', '.join(refused)}: "
-                f"it needs the caps mon 'profile rbd' osd 'profile rbd-read-only'"
-            )
+            raise ConnectError(f"{self._name} may not read pool {', '.join(refused)}; it needs the caps {NEEDED_CAPS}")
         if not pools:
             log.warning("there is no pool with the application rbd, so there is nothing to show yet")
 
-    def _ioctx(self, namespace: Namespace) -> rados.Ioctx:
-        if namespace not in self._ioctxs:
-            self._ioctxs[namespace] = self._open_ioctx(namespace.pool.id, namespace.name)
-        return self._ioctxs[namespace]
-
-    def _open_ioctx(self, pool_id: int, namespace: str) -> rados.Ioctx:
-        """For the caller to close."""
-        with translated(f"open pool {pool_id}"):
-            ioctx = self._rados.open_ioctx2(pool_id)
-            try:
-                ioctx.set_namespace(namespace)
-            except UnicodeEncodeError:  # Ceph's binding takes a str, and encodes it strictly
-                ioctx.close()
-                raise RbdfsError(
-                    f"images of namespace {namespace!r} cannot be opened: its name is not UTF-8", errno.EILSEQ
-                ) from None
-            return ioctx
-
     def _read_ioctx(self, namespace: Namespace) -> librados.Ioctx:
-        """For what Ceph's own bindings lack: image data by events, and read operations."""
-        if namespace not in self._read_ioctxs:
-            self._read_ioctxs[namespace] = self._reads.open_ioctx(namespace.pool.id, namespace.name)
-        return self._read_ioctxs[namespace]
+        return self._connections.read_ioctx(namespace)

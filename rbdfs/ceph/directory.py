@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from rbdfs.catalog import ImageRef, Namespace
 from rbdfs.ceph import header, librados
-from rbdfs.ceph.encoding import Reader, encode_string
+from rbdfs.ceph.encoding import Reader, encode_string, understood
+from rbdfs.ceph.paging import NO_PAGE, listed
 from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
 
@@ -26,23 +27,22 @@ _FORMAT_1_BYTES = 1 << 16
 
 async def image_names(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace) -> dict[str, ImageRef]:
     """All images of a namespace, by name. Raises RbdfsError."""
-    found: dict[str, ImageRef] = {}
-    last, page = "", NAMES_A_PAGE
-    while page == NAMES_A_PAGE:
-        call = Call(b"dir_list", encode_string(last) + NAMES_A_PAGE.to_bytes(8, "little"))
-        reply = await operations.ask(Request(ioctx, DIRECTORY, [call], read_bytes=0 if last else _FORMAT_1_BYTES))
+    of_format_1: dict[str, ImageRef] = {}
+
+    async def ask(last: str, argument: bytes) -> bytes:
+        read_bytes = 0 if last else _FORMAT_1_BYTES
+        reply = await operations.ask(Request(ioctx, DIRECTORY, [Call(b"dir_list", argument)], read_bytes=read_bytes))
         if reply.result == -errno.ENOENT:  # nothing was ever made in it
-            return found
+            return NO_PAGE
         if len(reply.data) == _FORMAT_1_BYTES:
-            found |= await _many_of_format_1(operations, ioctx, namespace)
+            of_format_1.update(await _many_of_format_1(operations, ioctx, namespace))
         elif reply.data:
-            found |= _of_format_1(reply.data, namespace)
-        reader = Reader(reply.answer(0, f"list the images of {namespace}"))
-        page = reader.u32()
-        for _ in range(page):
-            last = reader.string()
-            found[last] = ImageRef(namespace, reader.string())
-    return found
+            of_format_1.update(_of_format_1(reply.data, namespace))
+        return reply.answer(0, f"list the images of {namespace}")
+
+    with understood(f"the names of the images of {namespace}"):
+        found = await listed(ask, NAMES_A_PAGE, lambda reader: ImageRef(namespace, reader.string()))
+        return of_format_1 | found
 
 
 async def image(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace, name: str) -> ImageRef:
@@ -51,7 +51,8 @@ async def image(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Na
     reply = await operations.ask(Request(ioctx, DIRECTORY, [call]))
     what = f"find {namespace}/{name}"
     try:
-        return ImageRef(namespace, Reader(reply.answer(0, what)).string())
+        with understood(f"the id of {namespace}/{name}"):
+            return ImageRef(namespace, Reader(reply.answer(0, what)).string())
     except RbdfsError as error:
         if error.errno != errno.ENOENT:
             raise
@@ -82,18 +83,13 @@ async def still_named(
 
 async def namespaces(operations: ReadOperations, ioctx: librados.Ioctx) -> list[str]:
     """The names of all namespaces of a pool but the default one. Raises RbdfsError."""
-    found: list[str] = []
-    page = NAMES_A_PAGE
-    while page == NAMES_A_PAGE:
-        last = found[-1] if found else ""
-        call = Call(b"namespace_list", encode_string(last) + NAMES_A_PAGE.to_bytes(8, "little"))
-        reply = await operations.ask(Request(ioctx, NAMESPACES, [call]))
-        if reply.result == -errno.ENOENT:
-            return found
-        reader = Reader(reply.answer(0, "list the namespaces of a pool"))
-        page = reader.u32()
-        found += [reader.string() for _ in range(page)]
-    return found
+
+    async def ask(_last: str, argument: bytes) -> bytes:
+        reply = await operations.ask(Request(ioctx, NAMESPACES, [Call(b"namespace_list", argument)]))
+        return NO_PAGE if reply.result == -errno.ENOENT else reply.answer(0, "list the namespaces of a pool")
+
+    with understood("the names of the namespaces of a pool"):
+        return list(await listed(ask, NAMES_A_PAGE, lambda _: None))
 
 
 async def changed_ns(operations: ReadOperations, ioctx: librados.Ioctx) -> int | None:

@@ -1,8 +1,28 @@
 """How Ceph encodes what its object classes take and answer (src/include/encoding.h): little-endian, end to end."""
 
+import errno
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rbdfs.errors import RbdfsError
 
 NANOSECONDS = 10**9
+
+
+class MalformedError(RbdfsError):
+    """Bytes that are not what Ceph puts there, or that only a newer reader may read."""
+
+    errno = errno.EIO
+
+
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Say in a MalformedError what it is that cannot be understood."""
+    try:
+        yield
+    except MalformedError as error:
+        raise MalformedError(f"cannot understand {what}: {error}") from error
 
 
 def encode_string(text: str) -> bytes:
@@ -11,17 +31,16 @@ def encode_string(text: str) -> bytes:
     return struct.pack("<I", len(data)) + data
 
 
-def decode_string(data: bytes) -> str:
-    """The string that stands at the start of `data`."""
-    return Reader(data).string()
-
-
 class Reader:
-    """Takes one value after the other. Raises struct.error where there are too few bytes."""
+    """Takes one value after the other. Raises MalformedError if there are too few bytes, and never reads past its end.
 
-    def __init__(self, data: bytes, position: int = 0) -> None:
+    What comes after the values that are asked for may be anything: newer releases append values.
+    """
+
+    def __init__(self, data: bytes) -> None:
         self._data = data
-        self._position = position
+        self._position = 0
+        self._end = len(data)
 
     def u8(self) -> int:
         """8 bits."""
@@ -39,14 +58,14 @@ class Reader:
         """64 bits with a sign."""
         return self._integer("<q", 8)
 
+    def raw(self, length: int) -> bytes:
+        """So many bytes."""
+        start = self._take(length)
+        return self._data[start : start + length]
+
     def bytes(self) -> bytes:
         """32 bits of length, then the bytes."""
-        start = self._position + 4
-        length = self.u32()
-        if start + length > len(self._data):
-            raise struct.error(f"{length} bytes announced, {len(self._data) - start} there")
-        self._position = start + length
-        return self._data[start : self._position]
+        return self.raw(self.u32())
 
     def string(self) -> str:
         """As `bytes`; what is not UTF-8 is kept by surrogateescape."""
@@ -57,17 +76,28 @@ class Reader:
         seconds = self.u32()
         return seconds * NANOSECONDS + self.u32()
 
-    def version(self) -> int:
-        """The start of a versioned structure (ENCODE_START); the position after its end, for `skip_to`."""
-        self._position += 2  # its version, and the oldest that can be read as
-        length = self.u32()
-        return self._position + length
+    def structure(self, known: int) -> tuple[int, "Reader"]:
+        """A versioned structure (ENCODE_START): its version, and a reader of it; this reader is past its end then.
 
-    def skip_to(self, position: int) -> None:
-        """Past what a newer version of a structure has that we do not know."""
-        self._position = position
+        `known` is the newest version that the caller knows. A structure says which version a reader must know to read
+        it; what a newer one has more stands at its end.
+        """
+        version, readable_as, length = self.u8(), self.u8(), self.u32()
+        if readable_as > known:
+            raise MalformedError(f"it needs a reader of version {readable_as}, and this one knows {known}")
+        inside = Reader(self._data)
+        inside._position = self._take(length)
+        inside._end = self._position
+        return version, inside
 
     def _integer(self, layout: str, size: int) -> int:
-        (value,) = struct.unpack_from(layout, self._data, self._position)
-        self._position += size
+        (value,) = struct.unpack_from(layout, self._data, self._take(size))
         return int(value)
+
+    def _take(self, length: int) -> int:
+        """Go past so many bytes; where they start."""
+        start = self._position
+        if length > self._end - start:
+            raise MalformedError(f"{length} bytes announced, {self._end - start} there")
+        self._position = start + length
+        return start

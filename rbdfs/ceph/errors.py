@@ -28,9 +28,14 @@ def reason_of(number: int) -> str:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Turn errors of the bindings into `cannot <doing>: <reason>`, with their errno."""
+    """Turn errors of the bindings into `cannot <doing>: <reason>`, with their errno.
+
+    They decode every string, and raise UnicodeDecodeError for what is not UTF-8.
+    """
     try:
         yield
     except _FAMILIES as error:
         number = errno_of(error)
         raise RbdfsError(f"cannot {doing}: {reason_of(number)}", number) from error
+    except UnicodeDecodeError as error:
+        raise RbdfsError(f"cannot {doing}: a name there is not UTF-8", errno.EILSEQ) from error

@@ -7,7 +7,6 @@ same, each once for all of their clones, and the maps are laid over one another.
 
 import errno
 import logging
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,9 @@ import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace
 from rbdfs.ceph import directory, header, librados, object_map
+from rbdfs.ceph.encoding import MalformedError
 from rbdfs.ceph.header import Header
+from rbdfs.ceph.kept import Kept
 from rbdfs.ceph.object_map import ObjectSet
 from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
@@ -28,11 +29,23 @@ BATCHES_AT_ONCE = 3
 """One is decoded here while the OSDs answer the others. The object maps of a batch are in memory at a time: 16 KiB for
 each 256 GiB of an image."""
 
+ANCESTORS_AT_MOST = 16
+"""Generations of parents that are asked for, as many as the kernel's rbd driver takes. A damaged header may name its
+own image as its parent."""
+
 BROKEN = ImageFacts(size=1, used_bytes=1, modified_ns=0)
 """What is shown of an image that its pool names and that has no header, or none that can be understood. Opening it
 fails; tar archives a file without bytes, or without blocks, without opening it, and so without an error."""
 
 _BROKEN = frozenset({errno.ENOENT, errno.EIO, errno.EINVAL})
+
+
+KEPT_FROM_OBJECTS = 1 << 16
+"""Of an image whose map is kept: 256 GiB with objects of 4 MiB. A smaller map costs no more than to ask whether it is
+the same."""
+
+KEPT_BYTES = 32 << 20
+"""Of all maps that are kept, at two bits an object."""
 
 
 @dataclass(slots=True)
@@ -49,6 +62,7 @@ class FactsReader:
     def __init__(self, operations: ReadOperations, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
         self._operations = operations
         self._ioctx_of = ioctx_of
+        self._maps: Kept[ImageRef, ObjectSet] = Kept(KEPT_BYTES)
 
     async def facts(self, image: ImageRef) -> ImageFacts:
         """See `Catalog.facts`."""
@@ -58,6 +72,14 @@ class FactsReader:
                 return BROKEN
             raise found
         return found
+
+    async def held(self, image: ImageRef) -> ObjectSet | None:
+        """Which of its objects hold data, its parents' included as they show through; None where that is not known by
+        maps, and of a striped image, whose bytes lie in its objects in another order. Raises RbdfsError."""
+        layer = (await self._layered([image]))[image]
+        if isinstance(layer, RbdfsError):
+            raise layer
+        return None if layer.header.is_striped else layer.held
 
     async def is_broken(self, image: ImageRef) -> bool:
         """Whether an image without a header has a name all the same. Raises RbdfsError."""
@@ -90,8 +112,9 @@ class FactsReader:
         if missing:
             try:
                 facts |= dict.fromkeys(await self._still_named(missing), BROKEN)
-            except RbdfsError as error:
+            except RbdfsError as error:  # they may be there
                 log.debug("%s", error)
+                facts |= dict.fromkeys(missing)
 
     async def _still_named(self, images: list[ImageRef]) -> set[ImageRef]:
         """Those HEADs that their pool has a name for: these are broken, the others gone."""
@@ -102,12 +125,15 @@ class FactsReader:
         return await directory.still_named(self._operations, self._ioctx_of(namespace), namespace, heads)
 
     async def _batch(self, images: Sequence[ImageRef]) -> dict[ImageRef, ImageFacts | RbdfsError]:
-        layers = await self._layers(images)
-        await self._lay_parents_under(layers.values())
+        layers = await self._layered(images)
         return {image: _facts(layer) if isinstance(layer, _Layer) else layer for image, layer in layers.items()}
 
+    async def _layered(self, images: Sequence[ImageRef]) -> dict[ImageRef, _Layer | RbdfsError]:
+        layers = await self._layers(images)
+        await self._lay_parents_under(layers.values(), ANCESTORS_AT_MOST)
+        return layers
+
     async def _layers(self, images: Sequence[ImageRef]) -> dict[ImageRef, _Layer | RbdfsError]:
-        operate = self._operations.operate
         layers: dict[ImageRef, _Layer | RbdfsError] = {}
         asked: list[tuple[ImageRef, librados.Ioctx]] = []
         for image in images:
@@ -116,14 +142,52 @@ class FactsReader:
             except RbdfsError as error:  # a parent whose pool was removed
                 layers[image] = error
         mapped = [(image, ioctx) for image, ioctx in asked if image.format != 1]
-        loaded = await operate([Request(ioctx, object_map.object_of(image), _LOAD) for image, ioctx in mapped])
-        maps = {image: reply for (image, _), reply in zip(mapped, loaded, strict=True)}
-        headers = await operate([header.request(ioctx, image) for image, ioctx in asked])
+        maps = await self._load_maps(mapped)
+        headers = await header.ask(self._operations, [header.request(ioctx, image) for image, ioctx in asked])
         for (image, _), reply in zip(asked, headers, strict=True):
             layers[image] = _layer(image, maps.get(image), reply)
         return layers
 
-    async def _lay_parents_under(self, layers: Iterable[_Layer | RbdfsError]) -> None:
+    async def _load_maps(self, images: Sequence[tuple[ImageRef, librados.Ioctx]]) -> dict[ImageRef, ObjectSet]:
+        """What their maps say, of those that have one. A large map that is known is loaded only if it was written to:
+        `ls` and who reads a file ask for it every second."""
+        operate = self._operations.operate
+        known = {image: kept for image, _ in images if (kept := self._maps.get(image)) is not None}
+        maps: dict[ImageRef, ObjectSet] = {}
+        requests = [
+            Request(ioctx, object_map.object_of(image), stat=True)
+            if image in known
+            else Request(ioctx, object_map.object_of(image), _LOAD)
+            for image, ioctx in images
+        ]
+        changed = []
+        for (image, ioctx), reply in zip(images, await operate(requests), strict=True):
+            if image not in known:
+                self._take_map(image, reply, maps)
+            elif reply.result >= 0 and reply.version == known[image].version:
+                maps[image] = known[image].value
+            else:
+                changed.append((image, Request(ioctx, object_map.object_of(image), _LOAD)))
+        for (image, _), reply in zip(changed, await operate([request for _, request in changed]), strict=True):
+            self._take_map(image, reply, maps)
+        return maps
+
+    def _take_map(self, image: ImageRef, loaded: Reply, maps: dict[ImageRef, ObjectSet]) -> None:
+        """Decode a map, and keep it if it is large."""
+        self._maps.drop(image)
+        if loaded.result < 0 or loaded.calls[0][0] < 0:
+            return
+        try:
+            held = object_map.decode(loaded.calls[0][1])
+        except MalformedError as error:
+            log.warning("%s cannot be understood, so the image looks full: %s", object_map.object_of(image), error)
+            return
+        maps[image] = held
+        if held.slots >= KEPT_FROM_OBJECTS:
+            self._maps.keep(image, loaded.version, held, held.slots // object_map.OBJECTS_A_BYTE)
+
+    async def _lay_parents_under(self, layers: Iterable[_Layer | RbdfsError], ancestors: int) -> None:
+        """`ancestors`: of how many generations; a clone of more looks full."""
         clones = [
             (each, each.held, each.header.parent)
             for each in layers
@@ -131,34 +195,35 @@ class FactsReader:
         ]
         if not clones:
             return
-        parents = await self._layers(list({parent.image for _, _, parent in clones}))
-        await self._lay_parents_under(parents.values())
+        parents: dict[ImageRef, _Layer | RbdfsError] = {}
+        if ancestors:
+            parents = await self._layers(list({parent.image for _, _, parent in clones}))
+            await self._lay_parents_under(parents.values(), ancestors - 1)
         for clone, held, parent in clones:
-            below = parents[parent.image]
-            object_size = clone.header.object_size
-            # An error: a parent that the key may not read.
-            if isinstance(below, RbdfsError) or below.held is None or below.header.object_size != object_size:
-                clone.held = None
-            else:
-                clone.held = held.over(below.held, -(-parent.overlap // object_size))
+            clone.held, below, top = None, parents.get(parent.image), clone.header
+            # An error: a parent that the key may not read. With other stripes, objects of one number hold other bytes,
+            # and with any, the overlap ends in several objects.
+            if (
+                isinstance(below, _Layer)
+                and below.held is not None
+                and below.header.object_size == top.object_size
+                and not (top.is_striped or below.header.is_striped)
+            ):
+                clone.held = held.over(below.held, -(-min(parent.overlap, top.size) // top.object_size))
 
 
 _LOAD = (Call(b"object_map_load"),)
 
 
-def _layer(image: ImageRef, loaded: Reply | None, reply: Reply) -> _Layer | RbdfsError:
+def _layer(image: ImageRef, held: ObjectSet | None, reply: Reply) -> _Layer | RbdfsError:
     try:
         found = header.decode(image, reply)
     except RbdfsError as error:
         return error
-    if loaded is None or loaded.result < 0 or not found.map_is_valid:
-        return _Layer(found, None)
-    result, encoded = loaded.calls[0]
-    try:
-        return _Layer(found, object_map.decode(encoded) if result >= 0 else None)
-    except struct.error as error:
-        log.warning("%s cannot be understood, so the image looks full: %s", object_map.object_of(image), error)
-        return _Layer(found, None)
+    # One that is too short was made for a smaller image.
+    if held is not None and (not found.map_is_valid or held.slots * found.object_size < found.size):
+        held = None
+    return _Layer(found, held)
 
 
 def _facts(layer: _Layer) -> ImageFacts:

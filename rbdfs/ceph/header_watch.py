@@ -5,94 +5,126 @@ What comes by it is acknowledged at once, and no more: who makes a snapshot or r
 
 import errno
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Protocol
 
-import rados
 import trio
 
-from rbdfs.ceph.aio import Handover
-from rbdfs.ceph.errors import errno_of
+from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread_to_its_end
 
 log = logging.getLogger(__name__)
 
+RENEW_SECONDS = 1.0
+"""How often a watch that was lost is asked for again."""
+
+
+class Watch(Protocol):
+    """A watch on an object (watch.py)."""
+
+    async def give_back(self) -> None:
+        """End it. Raises RbdfsError."""
+
+
+TakeWatch = Callable[[Callable[[], None]], Awaitable[Watch]]
+"""Watches the header, and calls its argument when the watch is lost. Raises RbdfsError."""
+
 
 class HeaderWatch:
-    """Held from `begin` to `aclose`, and taken anew when it was lost, as after 30 s without the cluster."""
+    """Held from `begin` to `aclose`. A watch that is lost, as after 30 s without the cluster, renews itself."""
 
-    def __init__(self, spec: ImageSpec, ioctx: rados.Ioctx, header: str, handover: Handover) -> None:
+    def __init__(self, spec: ImageSpec, take: TakeWatch) -> None:
         """`begin` does this, and takes the watch."""
         self._spec = spec
-        self._ioctx = ioctx
-        self._header = header
-        self._handover = handover
-        self._watch: rados.Watch | None = None
+        self._take_watch = take
+        self._watch: Watch | None = None
+        self._is_allowed = True
         self._number = 0
-        self._is_lost = False
-        self._renewing = trio.Lock()
+        self._lost = 0
+        """The number of the last watch that was lost."""
+        self._renewing: trio.CancelScope | None = None
+        self._is_closed = False
 
     @classmethod
-    async def begin(cls, spec: ImageSpec, ioctx: rados.Ioctx, header: str, handover: Handover) -> "HeaderWatch":
+    async def begin(cls, spec: ImageSpec, take: TakeWatch) -> "HeaderWatch":
         """Watch an image's header object, if the key may; if not, says so in the log."""
-        watch = cls(spec, ioctx, header, handover)
-        await in_thread_to_its_end(watch._take)
+        watch = cls(spec, take)
+        if failure := await watch._take():
+            log.info("%s: %s, so nothing holds off its removal", spec, failure)
+            watch._renew_soon()
         return watch
 
     @property
     def is_held(self) -> bool:
         """Whether it holds off a removal now."""
-        return self._watch is not None and not self._is_lost
+        return self._watch is not None and self._lost != self._number
 
-    def renew_if_lost(self) -> None:
-        """Begin to take it anew if it was lost; to be called every so often."""
-        if self._is_lost and not self._renewing.locked():
-            trio.lowlevel.spawn_system_task(self._renew)
+    def _renew_soon(self) -> None:
+        if self._renewing is None and self._is_allowed:
+            self._renewing = trio.CancelScope()
+            trio.lowlevel.spawn_system_task(self._renew, self._renewing)
 
-    async def _renew(self) -> None:
-        async with self._renewing:
-            if self._is_lost:
-                await in_thread_to_its_end(self._give_back)
-                await in_thread_to_its_end(self._take)
+    async def _renew(self, scope: trio.CancelScope) -> None:
+        """Take it again, at once and then every second, until it is held, refused or closed."""
+        with scope:
+            while self._is_allowed and not self.is_held:
+                try:
+                    self._let_go()
+                    if failure := await self._take():
+                        log.debug("%s: still %s", self._spec, failure)
+                    else:
+                        log.info("%s: the watch is back", self._spec)
+                except Exception:  # out of a system task it would end the mount for everyone
+                    log.exception("%s: the watch could not be renewed", self._spec)
+                # Also where it is back: one that is lost again and again is not asked for without a pause.
+                await trio.sleep(RENEW_SECONDS)
+        self._renewing = None
 
-    def _take(self) -> None:
-        # The binding crashes in a Watch that the garbage collector finds in a cycle: `lost` must not know its own.
+    async def _take(self) -> str:
+        """Why it cannot be had, empty if it is."""
         self._number += 1
-        number = self._number
-
-        def notified(*_: object) -> None:
-            """Called in a thread of librados; the binding acknowledges when this returns."""
-
-        def lost(_: int) -> None:
-            self._handover.post(partial(self._lose, number))
-
         try:
-            self._watch = self._ioctx.watch(self._header, notified, lost)
-        except rados.Error as error:
-            if errno_of(error) == errno.EPERM:
-                log.info("%s: the key may not watch the image, so nothing holds off its removal", self._spec)
-                self._is_lost = False  # and it is not asked for again
-            else:
-                log.info("%s: cannot watch the image (%s), so nothing holds off its removal", self._spec, error)
-                self._is_lost = True
-        else:
-            self._is_lost = False
+            self._watch = await self._take_watch(partial(self._lose, self._number))
+        except RbdfsError as error:
+            if error.errno == errno.EPERM:
+                self._is_allowed = False  # and it is not asked for again
+                return "the key may not watch the image"
+            return str(error)
+        if self._is_closed:  # while it was taken, too late for a cancel
+            self._let_go()
+        return ""
 
     def _lose(self, number: int) -> None:
-        if number == self._number:
+        if number == self._number and number != self._lost and not self._is_closed:
             log.info("%s: the watch was lost; until it is back, nothing holds off the image's removal", self._spec)
-            self._is_lost = True
+            self._lost = number
+            self._renew_soon()
 
-    def _give_back(self) -> None:
+    def take_anew(self) -> None:
+        """The connection was replaced: hold the watch by the new one, if its key may."""
+        if not self._is_closed:
+            self._is_allowed = True
+            self._let_go()
+            self._renew_soon()
+
+    def _let_go(self) -> None:
+        """Give it back, without waiting: by a connection that is of no use any more that takes until a timeout."""
         watch, self._watch = self._watch, None
         if watch is not None:
-            try:
-                watch.close()
-            except rados.Error as error:
-                log.debug("%s: the watch could not be given back: %s", self._spec, error)
+            trio.lowlevel.spawn_system_task(self._give_back, watch)
+
+    async def _give_back(self, watch: Watch) -> None:
+        try:
+            await watch.give_back()
+        except Exception as error:  # out of a system task it would end the mount for everyone
+            log.debug("%s: %s", self._spec, error)
 
     async def aclose(self) -> None:
         """Give it back. Does not raise."""
-        async with self._renewing:
-            self._is_lost = False
-            await in_thread_to_its_end(self._give_back)
+        self._is_closed = True
+        if self._renewing is not None:
+            self._renewing.cancel()
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            await self._give_back(watch)

@@ -84,6 +84,7 @@ _rbd_diff_iterate2 = bind(
     c_int,
     *(c_void_p, c_char_p, c_uint64, c_uint64, c_uint8, c_uint8, _DiffCallback, c_void_p),
 )
+_rbd_invalidate_cache = bind(_librbd, "rbd_invalidate_cache", c_int, c_void_p)
 _rbd_set_image_notification = bind(_librbd, "rbd_set_image_notification", c_int, c_void_p, c_int, c_int)
 
 # Short calls. The buffer is a void pointer here, so that ctypes takes a bytes object as well as an address.
@@ -115,6 +116,10 @@ class Diff(NamedTuple):
     offset: int
     length: int
     exists: bool
+
+
+def _drop(_result: int, _data: bytes) -> None:
+    """Of a read that nobody waits for any more."""
 
 
 class Image:
@@ -168,6 +173,15 @@ class Image:
                 except Exception:
                     log.exception("a completion could not be delivered")
 
+    def refuse_reads(self) -> None:
+        """End the reads in flight with ESHUTDOWN now. What the cluster still answers is dropped. Never raises."""
+        for completion, (callback, buffer) in list(self._in_flight.items()):
+            self._in_flight[completion] = (_drop, buffer)
+            try:
+                callback(-errno.ESHUTDOWN, b"")
+            except Exception:
+                log.exception("a completion could not be delivered")
+
     def close(self) -> None:
         """Wait for the reads in flight, then close; blocking. Reads that `complete_reads` did not see are dropped.
 
@@ -202,8 +216,16 @@ class Image:
             stripe_count=self._get(_rbd_get_stripe_count, "the stripe count"),
             features=self._get(_rbd_get_features, "the features"),
             flags=self.flags(),
-            object_prefix=stat.block_name_prefix.decode(),
+            object_prefix=stat.block_name_prefix.decode(errors="surrogateescape"),
         )
+
+    def invalidate_cache(self) -> None:
+        """Drop what librbd's own cache holds; blocking, without a question to the cluster.
+
+        We turn that cache off, but the configuration of a pool or an image overrides what a client sets
+        (`ImageCtx::apply_metadata`).
+        """
+        check(_rbd_invalidate_cache(self._handle), f"cannot invalidate the cache of image {self._name}")
 
     def watchers(self) -> frozenset[int]:
         """The clients that watch the image's header, by their ids; blocking."""
@@ -239,7 +261,7 @@ class Image:
 
         result = _rbd_diff_iterate2(
             self._handle,
-            None if since_snapshot is None else since_snapshot.encode(),
+            None if since_snapshot is None else os.fsencode(since_snapshot),
             offset,
             length,
             include_parent,

@@ -19,6 +19,9 @@ from rbdfs.errors import RbdfsError
 MONITOR_SECONDS = 30
 """How long an answer of the monitors is waited for."""
 
+NO_OSD = 0x7FFFFFFF
+"""Stands in an acting set for a shard that no OSD has (CRUSH_ITEM_NONE)."""
+
 _MASK = 0xFFFFFFFF
 _GOLDEN_RATIO = 0x9E3779B9
 _NAMESPACE_SEPARATOR = b"\x1f"
@@ -78,7 +81,10 @@ def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
 def placements(
     client: rados.Rados, pool_id: int, namespace: str, object_names: AbstractSet[str]
 ) -> Mapping[str, tuple[str, list[int]]]:
-    """Of objects, present or not, the placement group and its acting OSDs, the primary first.
+    """The placement group and the acting set of each object, whether it is there or not.
+
+    The first OSD of an acting set is the primary. If the pool is erasure-coded, the n-th OSD has the n-th shard, or is
+    NO_OSD.
 
     Blocks. `mon 'profile rbd'` may ask for these. Raises RbdfsError.
     """

@@ -6,8 +6,10 @@ fast. What completes comes over the thread boundary as `aio` describes it.
 """
 
 import ctypes
+import errno
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache, partial
 from types import MappingProxyType
@@ -15,15 +17,17 @@ from typing import Final, NamedTuple
 
 import trio
 
+from rbdfs.catalog import Namespace
 from rbdfs.ceph import librados
 from rbdfs.ceph.aio import Answer, Handover
 from rbdfs.ceph.encoding import NANOSECONDS
 from rbdfs.ceph.errors import reason_of
+from rbdfs.ceph.lifetime import ATTEMPTS
 from rbdfs.errors import RbdfsError
 from rbdfs.threads import in_thread
 
 OPERATIONS_AT_ONCE: Final = 512
-"""Beyond 1,024, less what image reads have in flight, librados blocks the caller, here with the GIL held."""
+"""To one pool, so that a listing of a large one leaves its OSDs time for reads."""
 
 MANY: Final = 8
 """So many operations at once are worth a thread that waits for them."""
@@ -150,6 +154,8 @@ class _Operation:
     def send(self, callback: Callable[..., None] | None, argument: int | None) -> int:
         """Off it goes. Below 0, an errno, it did not."""
         _create_completion(argument, callback or _NO_CALLBACK, byref(self.completion))
+        if self.request.ioctx.lifetime.is_over:  # and perhaps closed
+            return -errno.ESHUTDOWN
         name = self.request.object_name.encode(errors="surrogateescape")
         return int(_operate(self._handle, self.request.ioctx.pointer, self.completion, name, 0))
 
@@ -166,7 +172,7 @@ class _Operation:
             if each.data:
                 _buffer_free(each.data)
         data = self._data.raw[: self._read.length] if self._data is not None else b""
-        values = _take_values(self._values) if self.request.keys else {}
+        values = _take_values(self._values, result) if self.request.keys else {}
         return Reply(result, calls, values, self._stat.seconds * NANOSECONDS, data, version)
 
 
@@ -176,11 +182,12 @@ def _as_arrays(keys: tuple[bytes, ...]) -> tuple[object, int, object]:
     return (c_char_p * len(keys))(*keys), len(keys), (c_size_t * len(keys))(*map(len, keys))
 
 
-def _take_values(iterator: c_void_p) -> Mapping[bytes, bytes]:
+def _take_values(iterator: c_void_p, result: int) -> Mapping[bytes, bytes]:
+    """What an iterator yields. Of an operation that timed out it points nowhere (C_OmapIter was never called)."""
     key, value, key_length, value_length = c_void_p(), c_void_p(), c_size_t(), c_size_t()
     results = byref(key), byref(value), byref(key_length), byref(value_length)
     values = {}
-    while _next_value(iterator, *results) == 0 and key.value:
+    while result >= 0 and _next_value(iterator, *results) == 0 and key.value:
         values[ctypes.string_at(key, key_length.value)] = ctypes.string_at(value, value_length.value)
     _end_values(iterator)
     return values
@@ -194,18 +201,44 @@ _numbers = itertools.count(1)
 class ReadOperations:
     """Sends read operations; to be made, and used, in the trio thread."""
 
-    def __init__(self, handover: Handover) -> None:
+    def __init__(self, handover: Handover, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
+        """`ioctx_of` gives one of the connection of now; it raises RbdfsError."""
         self._handover = handover
-        self._in_flight = 0
+        self._ioctx_of = ioctx_of
+        self._in_flight: Counter[Hashable] = Counter()
+        """By the lane of the ioctx."""
         self._some_ended = trio.Event()
         self._on_complete = _Callback(self._completed)
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """All at once; the replies are in the order of the requests. Never raises.
 
-        A cancel abandons what is under way. No more than OPERATIONS_AT_ONCE are in flight, of this and other calls.
+        A cancel abandons what is under way. No more than OPERATIONS_AT_ONCE are in flight to the pool of the first, of
+        this and other calls. If the connection is replaced meanwhile, all is asked again by the new one.
         """
-        while self._in_flight and self._in_flight + len(requests) > OPERATIONS_AT_ONCE:
+        replies: Sequence[Reply] = []
+        for _ in range(ATTEMPTS if requests else 0):
+            try:
+                requests = [self._by_the_newest(request) for request in requests]
+            except RbdfsError as error:  # the pool was removed meanwhile
+                return [Reply(-error.errno)] * len(requests)
+            lifetime = requests[0].ioctx.lifetime
+            replies = []
+            with lifetime.patience(), lifetime.until_over():
+                replies = await self.operate_once(requests)
+            refused = any(reply.result == -errno.ESHUTDOWN for reply in replies)
+            if replies and not (refused and await lifetime.is_over_after(errno.ESHUTDOWN)):
+                break
+        return replies or [Reply(-errno.ESHUTDOWN)] * len(requests)
+
+    def _by_the_newest(self, request: Request) -> Request:
+        ioctx = request.ioctx
+        return request._replace(ioctx=self._ioctx_of(ioctx.namespace)) if ioctx.lifetime.is_over else request
+
+    async def operate_once(self, requests: Sequence[Request]) -> Sequence[Reply]:
+        """As `operate`, by the connection of the requests alone. What that refuses is ESHUTDOWN."""
+        lane = requests[0].ioctx.lane
+        while (waiting := self._in_flight[lane]) and waiting + len(requests) > OPERATIONS_AT_ONCE:
             await self._some_ended.wait()
         if len(requests) < MANY:
             return [await reply.get() for reply in [self._send_one(request) for request in requests]]
@@ -218,13 +251,15 @@ class ReadOperations:
     def _send_one(self, request: Request) -> Answer[Reply]:
         """Answered by a callback: no thread has to wait for it."""
         operation, answer, number = _Operation(request), Answer[Reply](), next(_numbers)
+        ioctx = request.ioctx
+        self._begin(ioctx, 1)
 
         def end(result: int | None = None) -> None:
-            self._ended(1)
-            answer.give(operation.finish(result))
+            reply = operation.finish(result)
+            self._ended(ioctx, 1, reply)
+            answer.give(reply)
 
         _under_way[number] = partial(self._handover.post, end)
-        self._in_flight += 1
         result = operation.send(self._on_complete, number)
         if result < 0:
             del _under_way[number]
@@ -238,14 +273,16 @@ class ReadOperations:
     async def _send_many(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """A thread waits for all of them: a callback each would have the GIL change hands each time."""
         operations = [_Operation(request) for request in requests]
-        self._in_flight += len(operations)
+        ioctx = requests[0].ioctx
+        self._begin(ioctx, len(operations))
         results = [operation.send(None, None) for operation in operations]
         answer = Answer[Sequence[Reply]]()
 
         def end() -> None:
-            self._ended(len(operations))
             finished = zip(operations, results, strict=True)
-            answer.give([each.finish(result if result < 0 else None) for each, result in finished])
+            replies = [each.finish(result if result < 0 else None) for each, result in finished]
+            self._ended(ioctx, len(operations), replies[-1])
+            answer.give(replies)
 
         def wait() -> None:
             for operation, result in zip(operations, results, strict=True):
@@ -253,10 +290,19 @@ class ReadOperations:
                     _wait_for_complete(operation.completion)
             self._handover.post(end)
 
-        await in_thread(wait)
+        # Not in this task: a cancel would let go of the memory that librados is writing to.
+        trio.lowlevel.spawn_system_task(partial(in_thread, wait, lane=ioctx.lane))
         return await answer.get()
 
-    def _ended(self, count: int) -> None:
-        self._in_flight -= count
+    def _begin(self, ioctx: librados.Ioctx, count: int) -> None:
+        ioctx.lifetime.hold()
+        self._in_flight[ioctx.lane] += count
+
+    def _ended(self, ioctx: librados.Ioctx, count: int, last: Reply) -> None:
+        ioctx.lifetime.note(last.result)
+        ioctx.lifetime.release()
+        self._in_flight[ioctx.lane] -= count
+        if not self._in_flight[ioctx.lane]:
+            del self._in_flight[ioctx.lane]
         self._some_ended.set()
         self._some_ended = trio.Event()
