@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rbdfs.devcluster import ports
-from rbdfs.devcluster.conf import UNSAFE_IN_CONF, conf_text, keyring_text
+from rbdfs.devcluster.conf import SHARDS, UNSAFE_IN_CONF, conf_text, keyring_text, mon_address
 from rbdfs.devcluster.daemon import Daemon, DaemonError
 from rbdfs.devcluster.process import stop
 from rbdfs.devcluster.programs import require_programs, run_program
@@ -21,6 +21,8 @@ from rbdfs.devcluster.state import NEW_STATE_FILE, STATE_FILE, State, Store, loa
 from rbdfs.errors import RbdfsError, UsageError
 
 POOL = "rbd"
+EC_POOL = "ec"
+"""An erasure-coded pool for `rbd create --data-pool`. It is made if there are OSDs for all shards of an object."""
 PG_COUNT = 32
 SOCKET_PATH_BYTES = 107  # sun_path without its final NUL
 PORT_ATTEMPTS = 8
@@ -199,7 +201,7 @@ class Devcluster:
         return state
 
     def _write_monmap(self, state: State) -> None:
-        address = f"[v2:127.0.0.1:{state.port}]"
+        address = f"[{mon_address(state)}]"
         monmap = str(self.folder / "monmap")
         command = ["monmaptool", "--create", "--clobber", "--fsid", state.fsid, "--addv", "a", address, monmap]
         run_program(command, self.folder)
@@ -227,6 +229,10 @@ class Devcluster:
             self._daemon(state, name).wait_until_ready(state.processes[name])
         if fresh:
             self._tool("rbd", "pool", "init", POOL)
+        if fresh and state.osds >= SHARDS:
+            self._tool("ceph", "osd", "pool", "create", EC_POOL, str(PG_COUNT), "erasure")
+            self._tool("ceph", "osd", "pool", "set", EC_POOL, "allow_ec_overwrites", "true")
+            self._tool("ceph", "osd", "pool", "application", "enable", EC_POOL, "rbd")
         for name in state.daemons:
             if name not in self._running(state):
                 raise self._daemon(state, name).error("ended")

@@ -12,11 +12,16 @@ from rbdfs.devcluster.state import State
 # Characters that a ceph.conf or its lists of files give a meaning of their own.
 UNSAFE_IN_CONF = re.compile(r"[\s#;,=$\"'\\]")
 
+SHARDS = 3
+"""Copies of an object, and shards of an erasure-coded one, if there are so many OSDs; else an object has one copy."""
+
+MON_ADDRESS = "v2:127.0.0.1:{port}"
+
 CONF = """\
 # Written by rbdfs devcluster at each start.
 [global]
 fsid = {fsid}
-mon host = v2:127.0.0.1:{port}
+mon host = {mon_address}
 keyring = {folder}/keyring
 run dir = {run_dir}
 crash dir = {folder}/crash
@@ -26,8 +31,10 @@ ms bind ipv6 = false
 ms bind msgr1 = false
 auth allow insecure global id reclaim = false
 osd crush chooseleaf type = 0
-osd pool default size = 1
-osd pool default min size = 1
+osd pool default size = {pool_size}
+# Ceph's default: more than half of the copies.
+osd pool default min size = 0
+osd pool default erasure code profile = plugin=jerasure technique=reed_sol_van k=2 m=1 crush-failure-domain=osd
 osd pool default pg autoscale mode = off
 osd scrub min interval = 31536000
 osd scrub max interval = 31536000
@@ -42,6 +49,8 @@ mon cluster log file = {folder}/log/cluster.log
 mon allow pool delete = true
 mon allow pool size one = true
 mon warn on pool no redundancy = false
+# Without it, RBD cannot write to an erasure-coded pool on memstores.
+mon debug no require bluestore for ec overwrites = true
 # A port that is taken is not waited for: we try another.
 ms bind retry count = 1
 mon data avail warn = 2
@@ -80,13 +89,19 @@ CAPS = {
 OSD_CAPS = {"mon": "allow profile osd", "mgr": "allow profile osd", "osd": "allow *"}
 
 
+def mon_address(state: State) -> str:
+    """Where the mon listens, as Ceph writes it."""
+    return MON_ADDRESS.format(port=state.port)
+
+
 def conf_text(folder: Path, state: State) -> str:
     """The ceph.conf of daemons and clients alike."""
     return CONF.format(
         folder=folder,
         fsid=state.fsid,
-        port=state.port,
+        mon_address=mon_address(state),
         run_dir=state.run_dir,
+        pool_size=SHARDS if state.osds >= SHARDS else 1,
         store=state.store,
         block_bytes=state.block_bytes,
         idle_modules=IDLE_MODULES,

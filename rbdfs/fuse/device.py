@@ -15,28 +15,35 @@ the inode's lock during a seek, and remembers ENOSYS, after which it never asks 
 
 import errno
 import logging
+import math
 import os
 import socket
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from time import monotonic
 from typing import Final, Protocol
 
 import trio
 
-from rbdfs.errors import RbdfsError
+from rbdfs.errors import BeyondEndError, RbdfsError
 from rbdfs.fuse import protocol
-from rbdfs.fuse.protocol import HEADER_BYTES, LSEEK, LSEEK_OUT, READ, REPLY, REQUEST
-from rbdfs.image.backend import OnRead, ReadResult
+from rbdfs.fuse.pending import Failed, Pending
+from rbdfs.fuse.protocol import HEADER_BYTES, INIT, LSEEK, LSEEK_OUT, READ, REPLY, REQUEST
+from rbdfs.fuse.requests import SECONDS, Requests
+from rbdfs.fuse.trouble_log import TroubleLog
+from rbdfs.image.backend import Buffer, OnRead, ReadResult
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OnSeek
 
 log = logging.getLogger(__name__)
 
-LIMITS: Final = protocol.Limits(max_background=64, congestion_threshold=48, max_write=4096)
-"""12 and 9 are the kernel's own for readahead, too few for large reads. Nothing is ever written, so the smallest
-max_write keeps the buffer for requests small."""
+LIMITS: Final = protocol.Limits(max_background=4096, congestion_threshold=48, max_write=4096)
+"""12 and 9 are the kernel's own for readahead, too few for large reads. Beyond the threshold it reads nothing ahead;
+what somebody waits for is to come here, where its time is kept, and not to wait in the kernel for what came before.
+Nothing is ever written, so the smallest max_write keeps the buffer for requests small."""
 
 REQUEST_BYTES_MAX: Final = 128 << 10
 """The buffer for one request, and so the most that the kernel sends: it answers what is larger with an error of its
@@ -59,10 +66,23 @@ READ_AGAIN_SECONDS: Final = 1.0
 """How long the device is left alone after an error that the kernel has no reason to return: if it comes each time, it
 costs one line in the log each time."""
 
+PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+"""The kernel's page cache reads whole pages, beyond the end of a file as well."""
+
 _SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; Python does not name it
 
 _GONE: Final = (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ECONNABORTED, errno.EPIPE)
 """What the kernel says to a reply that nobody waits for: interrupted, answered before, unmounted, closed."""
+
+READ_NAME: Final = protocol.OPERATIONS[READ]
+SEEK_NAME: Final = protocol.OPERATIONS[LSEEK]
+"""What the log of troubles knows the two by that are answered here."""
+
+LOOK_SECONDS: Final = 0.5
+"""How often is looked for what has waited for too long, and for who was killed."""
+
+_TO_BE_DONE: Final = (protocol.RELEASE, protocol.RELEASEDIR, INIT, protocol.DESTROY)
+"""What has to be passed on, however late: nobody waits for it."""
 
 _KINDS: Final = {os.SEEK_DATA: Kind.DATA, os.SEEK_HOLE: Kind.HOLE}
 
@@ -85,12 +105,29 @@ class Device:
         kernel: int,
         files: Mapping[int, OpenFile],
         forget: Callable[[Iterable[tuple[int, int]]], None],
+        outdate: Callable[[int], None],
+        until_known: Callable[[int, int], float | None],
+        troubles: TroubleLog,
+        *,
+        direct_io: bool = False,
+        answer_seconds: float = math.inf,
+        end_request_of: Callable[[int], None] = lambda _: None,
     ) -> None:
         """`kernel` is the descriptor of /dev/fuse, non-blocking; whoever opened it closes it, after `close`. `files`
-        are the open files by their handles; `forget` is told (inode, lookups)."""
+        are the open files by their handles; `forget` is told (inode, lookups), `outdate` the inode of a file that the
+        kernel believes to be longer than it is. `until_known(inode, end)` says in how many seconds the kernel surely
+        knows that the file ends there, None if it was not told. `troubles` hears of errors. `direct_io` says that all
+        files are opened with FOPEN_DIRECT_IO. `answer_seconds` is how long a request may wait here. What pyfuse3 was
+        given is not answered here; `end_request_of(thread)` has it ended whose thread was killed."""
         self._kernel = kernel
         self._files = files
         self._forget = forget
+        self._outdate = outdate
+        self._until_known = until_known
+        self._troubles = troubles
+        self.requests = Requests()
+        self._read_latency = self.requests.latency[READ]
+        self._direct = os.O_DIRECT if direct_io else 0
         self._request = bytearray(REQUEST_BYTES_MAX)
         self._reply = bytearray(REQUEST_BYTES_MAX)
         self._socket, self._pyfuse3 = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -98,6 +135,9 @@ class Device:
         for end in (self._socket, self._pyfuse3):
             _enlarge(end)
         self._room = min(end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for end in (self._socket, self._pyfuse3))
+        self._pending = Pending(self.requests, answer_seconds)
+        self._failed_seeks = Failed()
+        self._end_request_of = end_request_of
         self._passed: dict[int, tuple[int, int]] = {}  # by unique: opcode, room
         self._waiting: deque[tuple[int, int, int, bytes]] = deque()  # opcode, unique, room, message
         self.initialized = trio.Event()
@@ -112,6 +152,7 @@ class Device:
         """Answer requests until the file system is unmounted; nothing else ends it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pass_replies)
+            nursery.start_soon(self._keep_time)
             while True:
                 await trio.lowlevel.wait_readable(self._kernel)
                 try:
@@ -143,18 +184,22 @@ class Device:
                 raise
             if not length:
                 return False
-            _, opcode, unique, inode, handle, offset, count = REQUEST.unpack_from(request)
+            _, opcode, unique, inode, thread, handle, offset, count, flags = REQUEST.unpack_from(request)
             try:
                 if opcode == READ and length >= protocol.READ_BYTES and (file := self._files.get(handle)):
-                    file.start_read(offset, count, partial(self._answer, unique))
+                    paged = 0 if (flags | self._direct) & os.O_DIRECT else count
+                    self.requests.waiting[unique] = (monotonic(), READ, inode, offset, thread, paged)
+                    if self._pending.failed_reads and paged and self._has_failed(unique, inode, offset, count):
+                        continue
+                    file.start_read(offset, count, partial(self._answer_read, unique, inode, offset, paged))
                 else:
-                    self._dispatch(opcode, unique, inode, length)
-            except Exception:
-                log.exception("a request (opcode %d, %d bytes) failed unexpectedly", opcode, length)
+                    self._dispatch(opcode, unique, inode, thread, length)
+            except Exception as error:
+                self._troubles.failed(inode, f"a request (opcode {opcode}, {length} bytes)", error)
                 self._fail(unique, errno.EIO)
         return True
 
-    def _dispatch(self, opcode: int, unique: int, inode: int, length: int) -> None:
+    def _dispatch(self, opcode: int, unique: int, inode: int, thread: int, length: int) -> None:
         """Do what a request asks for that is no READ; it is in the buffer."""
         request = self._request
         if length < HEADER_BYTES:
@@ -162,9 +207,10 @@ class Device:
         elif opcode in (protocol.FORGET, protocol.BATCH_FORGET):
             self._forget(protocol.forgotten(opcode, inode, request, length))
         elif opcode == protocol.INTERRUPT:
-            pass  # every request has its answer in bounded time anyway
+            self._interrupt(protocol.interrupted(request, length))
         elif opcode in (READ, LSEEK):
-            *_, handle, offset, whence = REQUEST.unpack_from(request)
+            *_, handle, offset, whence, _ = REQUEST.unpack_from(request)
+            self.requests.waiting[unique] = (monotonic(), opcode, inode, offset, thread, 0)
             file = self._files.get(handle)
             if length < (protocol.READ_BYTES if opcode == READ else protocol.LSEEK_BYTES):
                 log.error("a request of %d bytes is cut off (opcode %d)", length, opcode)
@@ -173,39 +219,131 @@ class Device:
                 self._fail(unique, errno.EBADF)
             elif whence not in _KINDS:
                 self._fail(unique, errno.EINVAL)
+            elif self._failed_seeks.has((inode, offset, whence), monotonic()):
+                self._fail(unique, errno.ETIMEDOUT)
             else:
-                file.start_seek(offset, _KINDS[whence], partial(self._finish_seek, unique, offset))
+                file.start_seek(offset, _KINDS[whence], partial(self._finish_seek, unique, inode, offset, whence))
         else:
+            self.requests.waiting[unique] = (monotonic(), opcode, inode, 0, thread, 0)
             protocol.clamp_reply(opcode, request, length, LISTING_BYTES_MAX)
             room = 2 * max(length, protocol.reply_bytes_max(opcode, request, length)) + _MESSAGE_ROOM
             self._waiting.append((opcode, unique, room, bytes(request[:length])))
             self._pass_requests()
 
-    def _answer(self, unique: int, result: ReadResult) -> None:
-        """Answer a READ or an LSEEK, with bytes or an error."""
-        if isinstance(result, RbdfsError):
-            log.error("%s", result)
-            self._fail(unique, result.errno)
+    async def _keep_time(self) -> None:
+        """Answer what has waited for too long, and what nobody waits for any more."""
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            now = monotonic()
+            self._pending.forget_failed(now)
+            for unique, request in self._pending.due(now, self._passed):
+                if request.opcode in _TO_BE_DONE:
+                    continue
+                name = protocol.OPERATIONS.get(request.opcode, f"a request (opcode {request.opcode})")
+                what = f"{name} was not answered within {self._pending.seconds:g} s"
+                if request.paged:
+                    self._pending.fail_read(request.inode, request.offset, request.offset + request.paged, now)
+                self._answer_error(unique, request.inode, name, RbdfsError(what, errno.ETIMEDOUT))
+            self._end_killed()
+            for unique in self._pending.killed_unheard(now, self._passed):
+                self._fail(unique, errno.EINTR)
+
+    def _interrupt(self, unique: int | None) -> None:
+        """Somebody who waits has a signal pending. If it kills him he goes at once, else he waits on: programs do not
+        expect that reading a file is interrupted."""
+        if unique in self.requests.waiting:
+            self._pending.interrupt(unique)
+            self._end_killed()
+
+    def _end_killed(self) -> None:
+        for unique, thread in self._pending.killed():
+            if unique in self._passed:
+                self._end_request_of(thread)
+            else:
+                self._fail(unique, errno.EINTR)
+
+    def _has_failed(self, unique: int, inode: int, offset: int, count: int) -> bool:
+        """Answer what was just asked for in vain."""
+        if not self._pending.has_failed(inode, offset, offset + count, monotonic()):
+            return False
+        self._fail(unique, errno.ETIMEDOUT)
+        return True
+
+    def notify(self, inode: int) -> None:
+        """Have the kernel ask for the attributes of an inode before it uses them again. Never waits."""
+        with suppress(OSError):  # ENOENT: it does not know the inode; else it is unmounted
+            os.write(self._kernel, protocol.attributes_are_old(inode))
+
+    def _answer_read(
+        self, unique: int, inode: int, offset: int, paged: int, result: ReadResult, operation: str = READ_NAME
+    ) -> None:
+        """Answer a READ, with bytes or an error; `paged` is how many bytes the page cache asked for, 0 for direct I/O.
+
+        The page cache takes what is missing for zeros (fuse_short_read) and shows them up to the end that it knows. So
+        nothing may be missing but the rest of the file's last page, and that only if the kernel knows the file's end.
+        """
+        if unique not in self.requests.waiting:  # it comes too late, or whom it was for is gone
             return
+        if isinstance(result, RbdfsError):
+            if isinstance(result, BeyondEndError):
+                self._outdate(inode)
+            elif result.errno == errno.ETIMEDOUT and paged:
+                self._pending.fail_read(inode, offset, offset + paged, monotonic())
+            self._answer_error(unique, inode, READ_NAME, result)
+            return
+        end = offset + len(result)
+        if offset + paged > end:
+            wait = self._until_known(inode, end) if offset + paged <= -(-end // PAGE_BYTES) * PAGE_BYTES else None
+            if wait is None:
+                self._outdate(inode)
+                what = f"a read at {offset} (+{paged}) goes beyond the end of a file that was shrunk"
+                self._answer_error(unique, inode, READ_NAME, BeyondEndError(what, errno.EIO))
+                return
+            if wait:
+                trio.lowlevel.spawn_system_task(self._answer_later, wait, unique, inode, offset, paged, result)
+                return
         try:
             os.writev(self._kernel, (REPLY.pack(REPLY.size + len(result), 0, unique), result))
         except OSError as error:
             self._not_taken(unique, error)
+        else:
+            if operation == READ_NAME and (waiting := self.requests.waiting.pop(unique, None)):
+                waited = monotonic() - waiting[0]
+                self._read_latency.buckets[bisect_left(SECONDS, waited)] += 1
+                self._read_latency.seconds += waited
+                self.requests.read_bytes += len(result)
+            else:
+                self.requests.end(unique, 0, monotonic())
+        if self._troubles.are_open:
+            self._troubles.worked(inode, operation)
 
-    def _finish_seek(self, unique: int, offset: int, result: int | RbdfsError | None) -> None:
+    async def _answer_later(self, seconds: float, *answer: *tuple[int, int, int, int, Buffer]) -> None:
+        await trio.sleep(seconds)
+        self._answer_read(*answer)
+
+    def _answer_error(self, unique: int, inode: int, operation: str, error: RbdfsError) -> None:
+        self._troubles.failed(inode, operation, error)
+        self._fail(unique, error.errno)
+
+    def _finish_seek(self, unique: int, inode: int, offset: int, whence: int, result: int | RbdfsError | None) -> None:
+        if unique not in self.requests.waiting:
+            return
         if result is None:
             self._fail(unique, errno.ENXIO)
         elif isinstance(result, RbdfsError):
-            self._answer(unique, result)
+            if result.errno == errno.ETIMEDOUT:
+                self._failed_seeks.add((inode, offset, whence), monotonic())
+            self._answer_error(unique, inode, SEEK_NAME, result)
         elif offset <= result < 1 << 63:
-            self._answer(unique, LSEEK_OUT.pack(result))
+            self._answer_read(unique, inode, 0, 0, LSEEK_OUT.pack(result), SEEK_NAME)
         else:  # an answer that does not advance makes cp loop for ever
-            self._answer(unique, RbdfsError(f"a seek from {offset} has found {result}"))
+            self._answer_error(unique, inode, SEEK_NAME, RbdfsError(f"a seek from {offset} has found {result}"))
 
     def _fail(self, unique: int, error: int) -> None:
         """Answer with an error; the kernel ignores it if the request is answered already."""
         if not 0 < error <= protocol.ERRNO_MAX or error == errno.ENOSYS:  # after ENOSYS the kernel never asks again
             error = errno.EIO
+        self.requests.end(unique, error, monotonic())
         with suppress(OSError):
             os.write(self._kernel, REPLY.pack(REPLY.size, -error, unique))
 
@@ -213,6 +351,7 @@ class Device:
         """The kernel has refused a reply."""
         if error.errno in _GONE:
             log.debug("a reply was not taken: %s", error)
+            self.requests.end(unique, 0, monotonic())
         else:
             log.error("a reply was refused, the process that asked gets EIO: %s", error)
             self._fail(unique, errno.EIO)
@@ -224,6 +363,8 @@ class Device:
             if room > self._room and self._passed:
                 return
             self._waiting.popleft()
+            if unique not in self.requests.waiting:
+                continue  # it was answered: it had waited for too long
             try:
                 self._socket.send(message)
             except OSError as error:
@@ -255,16 +396,17 @@ class Device:
         if len(reply) < REPLY.size:
             log.error("a reply of %d bytes is not one", len(reply))
             return
-        _, _, unique = REPLY.unpack_from(reply)
+        _, error, unique = REPLY.unpack_from(reply)
+        self.requests.end(unique, -error, monotonic())
         opcode, room = self._passed.pop(unique, (0, 0))
         self._room += room
-        if opcode == protocol.INIT:
+        if opcode == INIT:
             protocol.set_limits(reply, LIMITS)
         try:
             os.write(self._kernel, reply)
         except OSError as error:
             self._not_taken(unique, error)
-        if opcode == protocol.INIT:
+        if opcode == INIT:
             self.initialized.set()
 
 

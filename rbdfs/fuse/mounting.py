@@ -62,10 +62,10 @@ _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 def check_mountpoint(mountpoint: Path) -> None:
     """Raise MountError, with what to do about it, if nothing can be mounted there."""
-    shown = _printable(mountpoint)
+    shown = printable(mountpoint)
     free = f"{'umount' if os.geteuid() == 0 else 'fusermount3 -u'} {shown}"
     try:
-        found = _mounted_on(Path(os.path.realpath(mountpoint)))
+        found = mounted_on(Path(os.path.realpath(mountpoint)))
         # statvfs, since stat() of a dead mount can still come from the kernel's cache. But on an automount point it
         # would wait for the very mount that we are asked to make.
         if found is None or found.type != "autofs":
@@ -85,13 +85,15 @@ def check_mountpoint(mountpoint: Path) -> None:
         raise MountError(f"{shown} is an rbdfs mount already; end it with: {free}", errno.EBUSY)
 
 
-class _MountInfo(NamedTuple):
+class MountInfo(NamedTuple):
     """A line of /proc/self/mountinfo."""
 
     id: int
     device_number: tuple[int, int]
     path: bytes
     type: str
+    owner: int | None
+    """Of FUSE, the user who has mounted it."""
 
 
 class Mount:
@@ -103,12 +105,21 @@ class Mount:
         self.mountpoint = mountpoint
         """Absolute, without symbolic links."""
         self._fusermount3 = fusermount3
-        self._mounted = _mounted_on(mountpoint)
+        self._mounted = mounted_on(mountpoint)
 
     def device_number(self) -> tuple[int, int] | None:
         """(major, minor) of the file system; None if it is unmounted."""
         found = None if self.device < 0 or _is_disconnected(self.device) else self._find()
         return found.device_number if found else None
+
+    def reachable(self) -> Path | None:
+        """Where requests reach it now; None if nowhere: it is covered, or unmounted lazily while somebody uses it."""
+        try:
+            found = None if self.device < 0 or _is_disconnected(self.device) else self._find()
+            path = Path(os.fsdecode(found.path)) if found else None
+            return path if path and found == mounted_on(path) else None
+        except OSError:
+            return None
 
     def unmount(self) -> None:
         """Close the device, so that waiting readers get an error; then unmount lazily, unless somebody else has.
@@ -124,8 +135,8 @@ class Mount:
         with self._fusermount3:
             reason = None if was_disconnected else self._unmount()
         if reason:
-            free = f"{'umount -l' if os.geteuid() == 0 else 'fusermount3 -u -z'} {_printable(self.mountpoint)}"
-            log.warning("cannot unmount %s: %s; free it with: %s", _printable(self.mountpoint), reason, free)
+            free = f"{'umount -l' if os.geteuid() == 0 else 'fusermount3 -u -z'} {printable(self.mountpoint)}"
+            log.warning("cannot unmount %s: %s; free it with: %s", printable(self.mountpoint), reason, free)
 
     def _unmount(self) -> str | None:
         """Why it stays mounted."""
@@ -133,17 +144,17 @@ class Mount:
             found = self._find()
             if found is None:  # somebody unmounted it lazily, and somebody still uses it
                 return None
-            if found != _mounted_on(Path(os.fsdecode(found.path))):
+            if found != mounted_on(Path(os.fsdecode(found.path))):
                 return "something else is mounted over it"
             reason = _unmount(found.path)
             return reason if self._find() else None
         except OSError as error:
             return error.strerror or str(error)
 
-    def _find(self) -> _MountInfo | None:
+    def _find(self) -> MountInfo | None:
         """Where it is mounted now: its path changes if somebody renames a directory above it."""
         was = self._mounted
-        return next((entry for entry in _mountinfo() if was is not None and entry[:2] == was[:2]), None)
+        return next((entry for entry in mountinfo() if was is not None and entry[:2] == was[:2]), None)
 
 
 def mount(mountpoint: Path, options: FuseOptions) -> Mount:
@@ -164,7 +175,7 @@ def mount(mountpoint: Path, options: FuseOptions) -> Mount:
     except OSError as error:
         given = ",".join([*sorted(options.flags), *options.kernel])
         reason = str(error.strerror).replace("OPTIONS", given)
-        raise MountError(f"cannot mount {_printable(mountpoint)}: {reason}", error.errno) from error
+        raise MountError(f"cannot mount {printable(mountpoint)}: {reason}", error.errno) from error
 
 
 def _mount(path: bytes, options: FuseOptions) -> int:
@@ -249,7 +260,7 @@ def _said(process: subprocess.Popen[bytes]) -> str:
     for part, reason in FUSERMOUNT3_REASONS.items():
         if part in said:
             return reason
-    said = _printable(" ".join(said.replace("fusermount3: ", "").split()))
+    said = printable(" ".join(said.replace("fusermount3: ", "").split()))
     return said or f"fusermount3 ended with status {process.returncode}"
 
 
@@ -274,25 +285,33 @@ def _is_disconnected(device: int) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _mounted_on(path: Path) -> _MountInfo | None:
+def mounted_on(path: Path) -> MountInfo | None:
     """What is mounted on exactly this absolute path, on top; no request is sent to it. Raises OSError."""
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    number = mount_id(path, os.O_NOFOLLOW)
+    return next((entry for entry in mountinfo() if (entry.id, entry.path) == (number, os.fsencode(path))), None)
+
+
+def mount_id(path: Path, flags: int = 0) -> int:
+    """The number of the mount that a path is in, whose root is not asked. `flags` are open(2)'s. Raises OSError."""
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
     try:
-        mount_id = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().partition("mnt_id:")[2].split()[0])
+        return int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().partition("mnt_id:")[2].split()[0])
     finally:
         os.close(descriptor)
-    return next((entry for entry in _mountinfo() if (entry.id, entry.path) == (mount_id, os.fsencode(path))), None)
 
 
-def _mountinfo() -> Iterator[_MountInfo]:
+def mountinfo() -> Iterator[MountInfo]:
     """This process's mounts, see proc(5): 36 35 98:0 /root /mount\\040point options tags... - type source options."""
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         fields = line.split(b" ")
         major, minor = fields[2].split(b":")
         path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4])
-        yield _MountInfo(int(fields[0]), (int(major), int(minor)), path, os.fsdecode(fields[fields.index(b"-", 6) + 1]))
+        kind, *_, options = fields[fields.index(b"-", 6) + 1 :]
+        owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
+        owned_by = int(owner[1]) if owner else None
+        yield MountInfo(int(fields[0]), (int(major), int(minor)), path, os.fsdecode(kind), owned_by)
 
 
-def _printable(text: object) -> str:
+def printable(text: object) -> str:
     """In one line, and in characters that every terminal and log takes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))

@@ -9,15 +9,37 @@ from typing import Final, NamedTuple
 
 FORGET: Final = 2
 READ: Final = 15
+RELEASE: Final = 18
 GETXATTR: Final = 22
 LISTXATTR: Final = 23
 INIT: Final = 26
 READDIR: Final = 28
+RELEASEDIR: Final = 29
 INTERRUPT: Final = 36
+DESTROY: Final = 38
 IOCTL: Final = 39
 BATCH_FORGET: Final = 42
 READDIRPLUS: Final = 44
 LSEEK: Final = 46
+
+OPERATIONS: Final = {
+    1: "lookup",
+    3: "getattr",
+    14: "open",
+    READ: "read",
+    17: "statfs",
+    RELEASE: "release",
+    GETXATTR: "getxattr",
+    LISTXATTR: "listxattr",
+    25: "flush",
+    INIT: "init",
+    27: "opendir",
+    READDIR: "readdir",
+    RELEASEDIR: "releasedir",
+    READDIRPLUS: "readdir",
+    LSEEK: "seek",
+}
+"""What operations are called, here, in operations.py and for operators (enum fuse_opcode): those that are answered."""
 
 ERRNO_MAX: Final = 511
 """The kernel takes no reply with an error beyond it, and the request would stay unanswered (fuse_dev_do_write)."""
@@ -29,10 +51,10 @@ READ_BYTES: Final = 80
 LSEEK_BYTES: Final = 64
 """Of a whole request of these kinds, header included."""
 
-REQUEST: Final = struct.Struct("=IIQQ16xQQI")
-"""fuse_in_header (length, opcode, unique, inode; then uid, gid and pid are skipped) and the beginning of fuse_read_in,
-which fuse_lseek_in shares: handle, offset, and the count of bytes or lseek's whence. Of a request of another kind, or
-one that is shorter, only the header's fields mean anything."""
+REQUEST: Final = struct.Struct("=IIQQ8xI4xQQI12xI")
+"""fuse_in_header (length, opcode, unique, inode, and after uid and gid the thread that asks) and fuse_read_in: handle,
+offset, count of bytes, and the flags that the file is open with. fuse_lseek_in has its whence in place of the count. Of
+a request of another kind, or one that is shorter, only the header's fields mean anything."""
 
 REPLY: Final = struct.Struct("=IiQ")
 """fuse_out_header: length, 0 or a negated errno, unique."""
@@ -43,6 +65,12 @@ LSEEK_OUT: Final = struct.Struct("=Q")
 REPLY_BYTES_MAX: Final = 320
 """Of a reply that carries no data of a size that its request names; the largest is fuse_statx_out, with 304."""
 
+NOTIFY_INVAL_INODE: Final = 2
+_NOTIFY_INVAL_INODE = struct.Struct("=IiQQqq")
+_ATTRIBUTES_ALONE: Final = -1
+"""As an offset: no page is dropped, and so no lock of the inode or of a page is taken (fuse_reverse_inval_inode)."""
+
+_INTERRUPT_IN = struct.Struct("=Q")
 _FORGET_IN = struct.Struct("=Q")
 _BATCH_FORGET_IN = struct.Struct("=I4x")
 _FORGET_ONE = struct.Struct("=QQ")
@@ -56,6 +84,9 @@ _SIZE_AT = {
 """Where a request says how many bytes its reply may carry: fuse_read_in, fuse_getxattr_in, fuse_ioctl_in."""
 _SIZE = struct.Struct("=I")
 
+_PARALLEL_DIROPS: Final = 1 << 18
+_FLAGS = struct.Struct("=I")
+_FLAGS_AT = REPLY.size + 12
 _MAX_BACKGROUND = struct.Struct("=HHI")
 _MAX_BACKGROUND_AT = REPLY.size + 16
 
@@ -72,9 +103,27 @@ class Limits(NamedTuple):
 
 
 def set_limits(init_reply: bytearray, limits: Limits) -> None:
-    """Amend INIT's reply; an error, or one of a protocol before 7.13, stays as it is."""
+    """Amend INIT's reply; an error, or one of a protocol before 7.13, stays as it is.
+
+    The kernel may also look up and list in a directory many times at once, which pyfuse3 does not ask for: one name
+    that takes its time would hold up all others.
+    """
     if len(init_reply) >= _MAX_BACKGROUND_AT + _MAX_BACKGROUND.size:
         _MAX_BACKGROUND.pack_into(init_reply, _MAX_BACKGROUND_AT, *limits)
+        (flags,) = _FLAGS.unpack_from(init_reply, _FLAGS_AT)
+        _FLAGS.pack_into(init_reply, _FLAGS_AT, flags | _PARALLEL_DIROPS)
+
+
+def interrupted(request: bytes | bytearray, length: int) -> int | None:
+    """Which request an INTERRUPT is about, by its unique; None if it is cut off."""
+    if length < HEADER_BYTES + _INTERRUPT_IN.size:
+        return None
+    return int(_INTERRUPT_IN.unpack_from(request, HEADER_BYTES)[0])
+
+
+def attributes_are_old(inode: int) -> bytes:
+    """What has the kernel ask for an inode's attributes before it uses them again (fuse_notify_inval_inode_out)."""
+    return _NOTIFY_INVAL_INODE.pack(_NOTIFY_INVAL_INODE.size, NOTIFY_INVAL_INODE, 0, inode, _ATTRIBUTES_ALONE, 0)
 
 
 def reply_bytes_max(opcode: int, request: bytes | bytearray, length: int) -> int:

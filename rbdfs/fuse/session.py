@@ -1,6 +1,8 @@
 """The session with the kernel: mount, serve until unmounted, unmount."""
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,16 +11,21 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from rbdfs.errors import MountError
 from rbdfs.fuse import mounting
 from rbdfs.fuse.device import Device
 from rbdfs.fuse.mount_options import FuseOptions
 from rbdfs.fuse.operations import Operations
+from rbdfs.fuse.trouble_log import TroubleLog
 
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 4096
 """The kernel's own readahead. With its default of 128 KiB the page cache asks for 128 KiB at a time, with more for as
 much as a request can carry, 1 MiB (256 pages)."""
+
+QUESTION = "user.rbdfs.watchdog"
+"""An extended attribute that no file has: the kernel keeps no answers to that."""
 
 MIN_TASKS = 16
 """Worker tasks that stay: pyfuse3 ends idle ones above this number and starts new ones, for each request again."""
@@ -33,6 +40,7 @@ class Session:
 
     mount: mounting.Mount
     device: Device
+    troubles: TroubleLog
 
 
 @contextmanager
@@ -40,11 +48,22 @@ def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> I
     """Mount, and unmount at the end, lazily: a reader that waits then gets an error. Raises MountError."""
     mount = mounting.mount(mountpoint, options)
     try:
-        device = Device(mount.device, operations.files, operations.forget_inodes)
+        device = Device(
+            mount.device,
+            operations.files,
+            operations.forget_inodes,
+            operations.outdate,
+            operations.until_known,
+            operations.troubles,
+            direct_io=operations.presentation.direct_io,
+            answer_seconds=operations.answer_seconds,
+            end_request_of=operations.end_request_of,
+        )
+        operations.notify = device.notify
         try:
             pyfuse3.init(operations, device.mountpoint_for_pyfuse3, set())
             try:
-                yield Session(mount, device)
+                yield Session(mount, device, operations.troubles)
             finally:
                 pyfuse3.close(unmount=False)
         finally:
@@ -53,8 +72,12 @@ def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> I
         mount.unmount()
 
 
-async def serve(session: Session, ready: Callable[[], None]) -> None:
-    """Answer the kernel until the file system is unmounted; call `ready` as soon as it is usable."""
+async def serve(session: Session, ready: Callable[[], None], stopping: Callable[[], object]) -> None:
+    """Answer the kernel until the file system is unmounted.
+
+    Calls `ready` as soon as it is usable, and `stopping` when no more requests are taken: what was begun may wait for
+    the cluster.
+    """
     async with trio.open_nursery() as nursery:
 
         async def serve_the_rest() -> None:
@@ -69,8 +92,31 @@ async def serve(session: Session, ready: Callable[[], None]) -> None:
 
         nursery.start_soon(serve_the_rest)
         nursery.start_soon(tune_when_usable)
-        await session.device.serve()
-        nursery.cancel_scope.cancel()
+        nursery.start_soon(session.troubles.tell)
+        try:
+            await session.device.serve()
+        finally:
+            stopping()
+            nursery.cancel_scope.cancel()
+
+
+def ask(mount: mounting.Mount) -> None:
+    """Ask the mount what goes through all of it and to no cluster: kernel, device, pyfuse3, operations.
+
+    Blocks until there is an answer; call it in a worker thread. Raises MountError if it is not the right one.
+    """
+    path = mount.reachable()
+    if path is None:
+        trio.from_thread.run_sync(lambda: None)  # who still has files open is served
+        return
+    reason = "there is such an attribute"
+    try:
+        os.getxattr(path, QUESTION)
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            return
+        reason = error.strerror or str(error)
+    raise MountError(f"{path} does not answer as it should: {reason}")
 
 
 def _tune(mount: mounting.Mount) -> None:

@@ -11,9 +11,10 @@ as soon as the kernel asks again (`operations.ENTRY_SECONDS`).
 """
 
 import errno
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import trio
 
@@ -38,6 +39,8 @@ from rbdfs.fuse.nodes import (
 )
 from rbdfs.spec import ImageSpec
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 NAMESPACE_NAME_BYTES = names.NAME_BYTES - len(names.SEPARATOR)
@@ -46,8 +49,13 @@ NAMESPACE_NAME_BYTES = names.NAME_BYTES - len(names.SEPARATOR)
 Facts = ImageFacts | int
 """An image's facts; of a directory, when what it lists last changed, in nanoseconds since the epoch."""
 
-Listed = tuple[str, Node, Facts | None]
-"""A directory entry: its file name, what it is, and its facts; None where they are not known."""
+
+class DirEntry(NamedTuple):
+    """An entry of a directory."""
+
+    name: str
+    """Its file name."""
+    node: Node
 
 
 class Tree:
@@ -62,6 +70,11 @@ class Tree:
     def node(self, inode: int) -> Node:
         """What an inode stands for; the kernel asks only for those that it has looked up."""
         return self._nodes[inode]
+
+    def image_of(self, inode: int) -> ImageSpec | None:
+        """Which image an inode is, or lists the snapshots of."""
+        node = self._nodes.get(inode)
+        return node.spec if isinstance(node, ImageFile | SnapshotDirectory) else None
 
     def directory(self, inode: int) -> Directory:
         """As `node`, of a directory. Raises RbdfsError (ENOTDIR) for a file."""
@@ -101,31 +114,56 @@ class Tree:
                 changed_ns = await self._catalog.changed_ns(namespace)
                 return self._mounted_ns if changed_ns is None else changed_ns
 
-    async def entries(self, directory: Directory) -> list[Listed]:
-        """All entries of a directory, sorted by name. What goes away meanwhile is left out."""
+    async def facts_of_all(self, nodes: Iterable[Node]) -> Mapping[int, Facts | None]:
+        """What the cluster says now of many nodes of one directory, by inode. Does not raise.
+
+        What is gone is left out. None is for what is not known, and for directories of snapshots: most who list `.snap`
+        do not want to know when each image had its newest snapshot.
+        """
+        files: dict[ImageRef, int] = {}
+        facts: dict[int, Facts | None] = {}
+
+        async def ask(node: ImageDirectory) -> None:
+            try:
+                facts[node.inode] = await self.facts(node)
+            except RbdfsError as error:
+                log.debug("nothing is known of %s: %s", node.identity, error)
+
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                if isinstance(node, ImageFile):
+                    files[node.ref] = node.inode
+                else:
+                    facts[node.inode] = None
+                    if isinstance(node, ImageDirectory):
+                        nursery.start_soon(ask, node)
+        found = await self._catalog.facts_of_all(files)
+        return facts | {files[ref]: each for ref, each in found.items()}
+
+    async def entries(self, directory: Directory) -> list[DirEntry]:
+        """All entries of a directory, sorted by name."""
         match directory:
             case Root():
-                found = await self._list_root()
+                found = [
+                    DirEntry(names.encode(pool.name), pool_directory(pool)) for pool in await self._catalog.pools()
+                ]
             case ImageDirectory(namespace=namespace):
                 found = await self._list_images(namespace)
             case SnapDirectory(namespace=namespace):
                 refs = await self._catalog.image_names(namespace)
-                # Most who list it do not want to know when each image had its newest snapshot.
                 found = [
-                    (names.encode(name), snapshot_directory(ref, _spec(namespace, name)), None)
+                    DirEntry(names.encode(name), snapshot_directory(ref, _spec(namespace, name)))
                     for name, ref in refs.items()
                 ]
             case SnapshotDirectory(ref=ref, spec=spec):
                 snapshots = await self._catalog.snapshots(ref)
-                facts = await self._catalog.facts_of_all(snapshots.values())
                 found = [
-                    (names.encode(name), image_file(snapshot, _at(spec, name)), facts[snapshot])
+                    DirEntry(names.encode(name), image_file(snapshot, _at(spec, name)))
                     for name, snapshot in snapshots.items()
-                    if snapshot in facts
                 ]
-        return sorted(found, key=lambda entry: entry[0])
+        return sorted(found, key=lambda entry: entry.name)
 
-    def remember(self, node: Node) -> None:
+    def add_lookup(self, node: Node) -> None:
         """The kernel is told of a node: its lookup count goes up by one.
 
         Raises RbdfsError (EIO) where it knows another node by the same inode: one image must never answer for another.
@@ -136,14 +174,16 @@ class Tree:
         self._nodes[node.inode] = node
         self._lookups[node.inode] = self._lookups.get(node.inode, 0) + 1
 
-    def forget(self, inode: int, lookups: int) -> None:
-        """The kernel takes back `lookups` of its lookups."""
+    def forget(self, inode: int, lookups: int) -> bool:
+        """The kernel takes back `lookups` of its lookups. Returns whether it does not know the inode any more."""
         left = self._lookups.get(inode, 0) - lookups
         if left > 0:
             self._lookups[inode] = left
         elif inode != ROOT_INODE:
             self._lookups.pop(inode, None)
             self._nodes.pop(inode, None)
+            return True
+        return False
 
     async def _lookup_image(self, namespace: Namespace, name: str) -> Node:
         image, at, snapshot = name.partition(names.SEPARATOR)
@@ -181,39 +221,15 @@ class Tree:
     async def _namespaces(self, pool: Pool) -> Mapping[str, Namespace]:
         return {namespace.name: namespace for namespace in await self._catalog.namespaces(pool)}
 
-    async def _list_root(self) -> list[Listed]:
-        found: list[Listed] = []
-
-        async def ask(pool: Pool) -> None:
-            directory = pool_directory(pool)
-            found.append((names.encode(pool.name), directory, await self._facts_or_none(directory)))
-
-        async with trio.open_nursery() as nursery:
-            for pool in await self._catalog.pools():
-                nursery.start_soon(ask, pool)
-        return found
-
-    async def _list_images(self, namespace: Namespace) -> list[Listed]:
+    async def _list_images(self, namespace: Namespace) -> list[DirEntry]:
         refs = await self._catalog.image_names(namespace)
-        facts = await self._catalog.facts_of_all(refs.values())
-        found: list[Listed] = [
-            (names.encode(name), image_file(ref, _spec(namespace, name)), facts[ref])
-            for name, ref in refs.items()
-            if ref in facts
-        ]
+        found = [DirEntry(names.encode(name), image_file(ref, _spec(namespace, name))) for name, ref in refs.items()]
         if not namespace.name:
             for each in await self._catalog.namespaces(namespace.pool):
                 at = names.SEPARATOR if each.name in refs else ""
-                directory = namespace_directory(each)
                 file_name = at + names.encode(each.name, NAMESPACE_NAME_BYTES)
-                found.append((file_name, directory, await self._facts_or_none(directory)))
+                found.append(DirEntry(file_name, namespace_directory(each)))
         return found
-
-    async def _facts_or_none(self, directory: ImageDirectory) -> Facts | None:
-        try:
-            return await self.facts(directory)
-        except RbdfsError:
-            return None
 
 
 async def _find(

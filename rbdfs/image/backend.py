@@ -1,6 +1,6 @@
 """What an open image needs of the cluster, and no more. `ceph/image.py` has the real one, the tests a fake."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Protocol
 
 from rbdfs.errors import RbdfsError, StaleError
@@ -22,10 +22,24 @@ class ImageBackend(Protocol):
     """Objects; 1 without fancy striping."""
     size: int
     """Bytes, as last heard of the cluster. A HEAD's changes."""
-    is_snapshot: bool
-    """Whether nothing of it ever changes, neither bytes nor size."""
+    write_version: int | None
+    """A number that stays the same as long as nobody can have written to the image, as of when it was opened or brought
+    up to date; None if that cannot be known: each open must then read afresh."""
     revalidate_due: bool
     """Whether who answers from a cache must call `revalidate_soon` first."""
+
+    @property
+    def pool(self) -> Hashable:
+        """What its reads share their limits with: the id of its pool."""
+
+    @property
+    def is_immutable(self) -> bool:
+        """Whether nothing of it ever changes any more, neither bytes nor size: a snapshot that nobody can be filling.
+        What was read of it before may be wrong, unless it was immutable by then."""
+
+    @property
+    def has_map(self) -> bool:
+        """Whether `extents` answers from an object map, in milliseconds."""
 
     @property
     def stale(self) -> StaleError | None:
@@ -45,6 +59,12 @@ class ImageBackend(Protocol):
         Afterwards `revalidate_due` is False for about a second; of an image that is gone it stays True.
         """
 
+    async def bring_up_to_date(self) -> None:
+        """Have all reads, seeks and sizes from now on see what was done before this call, and ask for `write_version`.
+
+        Raises RbdfsError, StaleError if the image is gone.
+        """
+
     async def verify(self) -> None:
         """Ask the cluster whether the image is still there. Raises RbdfsError, StaleError if it is gone."""
 
@@ -58,12 +78,6 @@ class ImageBackend(Protocol):
         """Where a range holds data, its parent's included, as (image offset, length) pairs; the rest reads as zeros.
 
         When in doubt, it is data. Raises RbdfsError.
-        """
-
-    async def write_version(self) -> int | None:
-        """A number that stays the same as long as nobody can have written to the image.
-
-        None if that cannot be known: each open must then read afresh.
         """
 
     async def close(self) -> None:

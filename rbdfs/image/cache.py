@@ -8,8 +8,10 @@ Everything here happens in the trio thread, so there is no lock; between a look 
 it there is no await.
 """
 
+import logging
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +19,9 @@ from typing import NamedTuple
 from rbdfs.errors import RbdfsError
 from rbdfs.image.backend import Buffer, ImageBackend, OnRead, ReadResult
 from rbdfs.image.striper import Layout, file_to_extents
-from rbdfs.image.throttle import Throttle
+from rbdfs.image.throttle import Throttle, Total
+
+log = logging.getLogger(__name__)
 
 MISS_ALIGNMENT = 4096
 """A miss is rounded out to multiples of this many bytes: the reader's page and BlueStore's checksum block, so that it
@@ -32,14 +36,16 @@ _BEYOND_ANY_OFFSET = 1 << 63
 class Fetch:
     """One aio: queued, in flight or complete. The unit of single flight, of the LRU and of the budget."""
 
-    __slots__ = ("data", "image", "length", "listed", "objects", "offset", "waiters")
+    __slots__ = ("data", "image", "is_ahead", "length", "listed", "objects", "offset", "waiters")
 
-    def __init__(self, image: "CachedImage", offset: int, length: int) -> None:
+    def __init__(self, image: "CachedImage", offset: int, length: int, *, is_ahead: bool = False) -> None:
         self.image = image
         self.offset = offset
         self.length = length
         self.objects: tuple[int, ...] | list[int] = ()
         self.listed = False
+        self.is_ahead = is_ahead
+        """Whether it was read ahead, and nobody has read of it yet."""
         self.data: Buffer | None = None
         self.waiters: list[tuple[OnRead, int, int]] = []
         """Who is to get which part of the data: callback, start, end."""
@@ -63,11 +69,12 @@ class CachedImage:
     A HEAD that may have been written since gets a new one, so that nothing of the old can answer (close-to-open).
     """
 
-    __slots__ = ("backend", "layout", "objects")
+    __slots__ = ("backend", "layout", "objects", "throttle")
 
-    def __init__(self, backend: ImageBackend, layout: Layout) -> None:
+    def __init__(self, backend: ImageBackend, layout: Layout, throttle: Throttle) -> None:
         self.backend = backend
         self.layout = layout
+        self.throttle = throttle
         self.objects: dict[int, list[Piece]] = {}
 
     def fetches(self) -> set[Fetch]:
@@ -77,12 +84,18 @@ class CachedImage:
 
 @dataclass(slots=True)
 class CacheCounts:
-    """What was done so far; for the log, and for tests, which count operations and not seconds."""
+    """What was done so far; for operators, and for tests, which count operations and not seconds."""
 
     hits: int = 0
     misses: int = 0
     copied_bytes: int = 0
     evictions: int = 0
+    ahead_bytes: int = 0
+    """What was asked for ahead of readers."""
+    ahead_used_bytes: int = 0
+    """What of it somebody has read, or waited for, in whole fetches."""
+    ahead_wasted_bytes: int = 0
+    """What of it arrived, and was dropped before anybody has read of it."""
 
 
 class ObjectCache:
@@ -91,20 +104,39 @@ class ObjectCache:
     With a `budget_bytes` of 0 nothing is kept: each read is an aio of its own, and nothing is read ahead.
     """
 
-    def __init__(self, budget_bytes: int, throttle: Throttle) -> None:
+    def __init__(self, budget_bytes: int, max_ops: int, max_bytes: int) -> None:
+        """`max_ops` and `max_bytes` are what may be in flight to one pool; without a budget, the bytes are to all."""
         self.budget_bytes = budget_bytes
         self._largest_fetch = budget_bytes // COPIES_IN_FLIGHT
-        if budget_bytes:
-            throttle.max_bytes = min(throttle.max_bytes, self._largest_fetch)
+        self._max_ops = max_ops
+        self._max_bytes = max_bytes
+        self.in_flight = Total(self._largest_fetch or max_bytes)
+        """Towards the cluster."""
+        self._throttles: dict[Hashable, Throttle] = {}
         self.counts = CacheCounts()
-        self._throttle = throttle
         self._complete: OrderedDict[Fetch, None] = OrderedDict()
         self._complete_bytes = 0
+
+    def throttle(self, pool: Hashable) -> Throttle:
+        """What limits the reads of one pool's images: those of a pool that does not answer leave others their room."""
+        if pool not in self._throttles:
+            self._throttles[pool] = Throttle(self._max_ops, self._max_bytes, self.in_flight)
+        return self._throttles[pool]
+
+    @property
+    def reads_in_flight(self) -> int:
+        """How many the cluster has yet to answer."""
+        return sum(throttle.ops for throttle in self._throttles.values())
+
+    @property
+    def reads_queued(self) -> int:
+        """How many wait for others to end first."""
+        return sum(throttle.queued for throttle in self._throttles.values())
 
     @property
     def cached_bytes(self) -> int:
         """Bytes that image data takes in memory, read or being read. At most the budget."""
-        return self._complete_bytes + COPIES_IN_FLIGHT * self._throttle.bytes
+        return self._complete_bytes + COPIES_IN_FLIGHT * self.in_flight.bytes
 
     def start_read(self, image: CachedImage, offset: int, length: int, callback: OnRead, *, keep: bool = True) -> None:
         """Read exactly `length` bytes at the image offset `offset`; what one fetch has is not copied.
@@ -122,12 +154,14 @@ class ObjectCache:
             start, end, fetch, fetch_offset = pieces[bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1]
             if start <= position and position + length <= end:  # as most reads that hit: one piece
                 self.counts.hits += 1
+                if fetch.is_ahead:
+                    self._use(fetch)
                 start = fetch_offset + position - start
                 if fetch.data is not None:
                     self._complete.move_to_end(fetch)
                     callback(memoryview(fetch.data)[start : start + length])
                 else:
-                    self._throttle.promote(fetch)
+                    image.throttle.promote(fetch)
                     fetch.waiters.append((callback, start, start + length))
                 return
             parts = self._cached_parts(image, offset, length)
@@ -139,7 +173,7 @@ class ObjectCache:
         if keep and length <= self._largest_fetch:
             self._fetch_missing(image, offset, length, callback)
         else:
-            self._throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
+            image.throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
 
     def _answer(self, parts: list[Part], callback: OnRead) -> None:
         """Answer from fetches, as soon as all of them are complete."""
@@ -158,13 +192,19 @@ class ObjectCache:
         """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
         if length <= self._largest_fetch:
             for start, end in _missing(image, offset, length):
-                self._submit(Fetch(image, start, end - start), urgent=False)
+                self._submit(Fetch(image, start, end - start, is_ahead=True), urgent=False)
+                self.counts.ahead_bytes += end - start
+
+    def _use(self, fetch: Fetch) -> None:
+        """The first reader of what was read ahead has come."""
+        fetch.is_ahead = False
+        self.counts.ahead_used_bytes += fetch.length
 
     def cancel(self, image: CachedImage) -> None:
         """Ask for nothing more of an image: what is queued and nobody waits for is dropped. Call it before its backend
         is closed."""
         for fetch in image.fetches():
-            if fetch.data is None and not fetch.waiters and self._throttle.cancel(fetch):
+            if fetch.data is None and not fetch.waiters and image.throttle.cancel(fetch):
                 self._unlist(fetch)
 
     def forget(self, image: CachedImage) -> None:
@@ -185,11 +225,13 @@ class ObjectCache:
                     return None
                 start, piece_end, fetch, fetch_offset = pieces[index]
                 part_end = min(end, piece_end)
+                if fetch.is_ahead:
+                    self._use(fetch)
                 parts.append(Part(fetch, fetch_offset + position - start, fetch_offset + part_end - start))
                 if fetch.data is not None:
                     self._complete.move_to_end(fetch)
                 else:
-                    self._throttle.promote(fetch)
+                    image.throttle.promote(fetch)
                 position = part_end
                 index += 1
         return parts
@@ -220,7 +262,7 @@ class ObjectCache:
         if parts is not None:
             self._answer(parts, callback)
         else:  # to make room for a part, a budget hardly larger than this read has dropped another
-            self._throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
+            image.throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
 
     def _submit(self, fetch: Fetch, *, urgent: bool) -> None:
         """Ask for bytes of which none is listed, and list them: others find them."""
@@ -233,48 +275,60 @@ class ObjectCache:
             fetch.objects = (object_no,)
         else:
             self._list(fetch)
-        self._throttle.submit(fetch, length, self._start, urgent=urgent)
+        image.throttle.submit(fetch, length, self._start, urgent=urgent)
 
     def _start(self, fetch: Fetch) -> None:
-        if self._complete_bytes + self._throttle.bytes + self._throttle.peak_bytes > self.budget_bytes:
+        if self._complete_bytes + self.in_flight.bytes + self.in_flight.peak_bytes > self.budget_bytes:
             self._make_room()
-        fetch.image.backend.start_read(fetch.offset, fetch.length, partial(self._finish, fetch))
+        try:
+            fetch.image.backend.start_read(fetch.offset, fetch.length, partial(self._finish, fetch))
+        except Exception as error:
+            self._finish(fetch, _unexpected(error))
 
     def _start_unkept(self, request: tuple[CachedImage, int, int, OnRead]) -> None:
         image, offset, length, callback = request
-        if self._complete_bytes + self._throttle.bytes + self._throttle.peak_bytes > self.budget_bytes:
+        if self._complete_bytes + self.in_flight.bytes + self.in_flight.peak_bytes > self.budget_bytes:
             self._make_room()
-        image.backend.start_read(offset, length, partial(self._finish_unkept, length, callback))
+        try:
+            image.backend.start_read(offset, length, partial(self._finish_unkept, image, length, callback))
+        except Exception as error:
+            self._finish_unkept(image, length, callback, _unexpected(error))
 
-    def _finish_unkept(self, length: int, callback: OnRead, result: ReadResult) -> None:
-        callback(result)
-        self._throttle.done(length)
+    def _finish_unkept(self, image: CachedImage, length: int, callback: OnRead, result: ReadResult) -> None:
+        try:
+            callback(result)
+        except Exception:
+            log.exception("a read could not be answered")
+        image.throttle.done(length)
 
     def _make_room(self) -> None:
         """For what was just started."""
         # librados's copies count as many as they ever were at once: the memory that it gives back lies between what it
         # still has, and buffers of ours do not fit in. (With a budget of 256 MiB, four `cp`s at once took 440 to 500 MB
         # when only those in flight were counted, 310 to 390 so.)
-        room = self.budget_bytes - self._throttle.bytes - self._throttle.peak_bytes
+        room = self.budget_bytes - self.in_flight.bytes - self.in_flight.peak_bytes
         while self._complete and self._complete_bytes > room:
             self._unlist(next(iter(self._complete)))
             self.counts.evictions += 1
 
     def _finish(self, fetch: Fetch, result: ReadResult) -> None:
-        """A fetch has ended: tell all who wait."""
+        """A fetch has ended: tell all who wait, whatever one of them does."""
         waiters, fetch.waiters = fetch.waiters, []
         if isinstance(result, RbdfsError):
             self._unlist(fetch)
-            for callback, _, _ in waiters:
-                callback(result)
         else:
             fetch.data = result
             if fetch.listed:
                 self._complete[fetch] = None
                 self._complete_bytes += fetch.length
-            for callback, start, end in waiters:
-                callback(memoryview(result)[start:end])
-        self._throttle.done(fetch.length)
+            elif fetch.is_ahead:
+                self.counts.ahead_wasted_bytes += fetch.length
+        for callback, start, end in waiters:
+            try:
+                callback(result if isinstance(result, RbdfsError) else memoryview(result)[start:end])
+            except Exception:
+                log.exception("a read could not be answered")
+        fetch.image.throttle.done(fetch.length)
 
     def _list(self, fetch: Fetch) -> None:
         objects = fetch.objects = []
@@ -295,6 +349,8 @@ class ObjectCache:
         if fetch in self._complete:
             del self._complete[fetch]
             self._complete_bytes -= fetch.length
+            if fetch.is_ahead:
+                self.counts.ahead_wasted_bytes += fetch.length
 
 
 class _Gathering:
@@ -318,6 +374,12 @@ class _Gathering:
                 return
             data.append(each)
         self._callback(b"".join(data))
+
+
+def _unexpected(error: Exception) -> RbdfsError:
+    """For who waits, of a read that could not even be started."""
+    log.error("a read could not be started", exc_info=error)
+    return RbdfsError(f"unexpected {type(error).__name__}: {error}")
 
 
 def _missing(image: CachedImage, offset: int, length: int) -> list[tuple[int, int]]:

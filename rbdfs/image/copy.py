@@ -6,6 +6,7 @@ once, so all that the cache could do is to hold memory and copy.
 
 import logging
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from rbdfs.errors import RbdfsError, StaleError
+from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.backend import Buffer, ImageBackend, ReadResult
 from rbdfs.image.holes import HoleMap, Kind, Segment
 from rbdfs.image.striper import MIB, Layout
@@ -35,6 +36,9 @@ WINDOWS_AHEAD = 1
 
 HOLE_STEP = 64 * MIB
 """Of a hole that is digested or written as zeros, bytes that one cancel may have to wait for."""
+
+SKIP_STEP = 256 * MIB
+"""As `HOLE_STEP`, of a target that takes any order: it may have to read so much. A step costs some 0.1 ms."""
 
 _ZEROS = bytes(MIB)
 
@@ -58,6 +62,16 @@ class Target(Protocol):
 
     def skip(self, offset: int, length: int) -> None:
         """A range that reads as zeros."""
+
+
+class Changes(Protocol):
+    """What of an image is to be copied: it may differ from what the target has."""
+
+    window: int
+    """Bytes, as many as should be asked about at once."""
+
+    async def within(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Of a range: (start, end) pairs in order. Raises RbdfsError."""
 
 
 class Digest(Protocol):
@@ -94,18 +108,27 @@ class Copy:
     """One copy, and how far it is."""
 
     def __init__(
-        self, source: ImageBackend, target: Target, options: CopyOptions, digest: Digest | None = None
+        self,
+        source: ImageBackend,
+        target: Target,
+        options: CopyOptions,
+        digest: Digest | None = None,
+        changes: Changes | None = None,
     ) -> None:
+        """All is copied, or only the `changes`: then there is no digest, and the target takes any order."""
         self.size = source.size
         self.data_bytes = 0
         """Data found so far."""
         self.unknown_bytes = self.size
         """Of these it is not known yet whether they are data."""
+        self.changed_bytes = 0
+        """Of these and holes, what is to be copied, as far as is known."""
         self.copied_bytes = 0
         """Data copied so far; what an earlier copy had done counts."""
         self._source = source
         self._target = target
         self._digest = digest
+        self._changes = changes
         self._transfer = Layout(source.object_size, source.stripe_unit, source.stripe_count).transfer
         self._has_order = target.in_order or digest is not None
         self._reads = Throttle(options.concurrency, options.concurrency * self._transfer)
@@ -117,6 +140,8 @@ class Copy:
         self._started = 0
         self._used_in_order = 0
         self._underway: dict[int, Piece] = {}
+        self._to_write: deque[Piece] = deque()
+        self._writers = 0
         self._nursery: trio.Nursery | None = None
         self._failure: RbdfsError | None = None
 
@@ -138,11 +163,13 @@ class Copy:
                     self._start_soon(partial(self._use_in_order, lined_up))
         finally:
             self._nursery = None
-        if self._failure is not None:
+        if self._failure is not None and not isinstance(self._failure, BeyondEndError):
             raise self._failure
         size = await self._source.refresh()  # raises if the image is gone: then what was read may be zeros
         if size < self.size:
             raise StaleError(f"the image was shrunk from {self.size} to {size} bytes while it was copied")
+        if self._failure is not None:
+            raise self._failure
 
     def _start_soon(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run in the nursery, if that is still there. The first error ends the copy."""
@@ -168,30 +195,36 @@ class Copy:
         async with ask:
             position = 0
             while position < self.size:
-                segments = await self._segments(position)
-                self.data_bytes += sum(end - start for start, end, kind in segments if kind is Kind.DATA)
-                self.unknown_bytes -= segments[-1].end - position
-                position = segments[-1].end
-                await ask.send(segments)
+                end, segments = await self._segments(position)
+                self.data_bytes += sum(stop - start for start, stop, kind in segments if kind is Kind.DATA)
+                self.changed_bytes += sum(stop - start for start, stop, _ in segments)
+                self.unknown_bytes -= end - position
+                position = end
+                if segments:
+                    await ask.send(segments)
 
-    async def _segments(self, position: int) -> list[Segment]:
-        """Data and holes from `position` on, as far as it is cheap to ask at once. What is not answered is data."""
+    async def _segments(self, position: int) -> tuple[int, list[Segment]]:
+        """What is to be copied from `position` on, data and holes, as far as it is cheap to ask at once, and where that
+        ends. What is not answered is data."""
         holes = HoleMap(self.size)
+        changes = self._changes
         try:
-            window = await self._source.extents_window()
+            window = await self._source.extents_window() if changes is None else changes.window
             end = min(position - position % window + window, self.size)
-            holes.learn(position, end, await self._source.extents(position, end - position))
-        except StaleError:
+            ranges = [(position, end)] if changes is None else await changes.within(position, end - position)
+            if ranges:
+                start, stop = ranges[0][0], ranges[-1][1]
+                holes.learn(start, stop, await self._source.extents(start, stop - start))
+        except (BeyondEndError, StaleError):
             raise
         except RbdfsError as error:
+            if changes is not None:
+                raise  # it is sooner asked again than read whole
             log.warning("from %d on, holes are read like data: %s", position, error)
             end = self.size
+            ranges = [(position, end)]
             holes.learn(position, end, [(position, end - position)])
-        segments = []
-        while position < end:
-            segments.append(holes.at(position))
-            position = segments[-1].end
-        return segments
+        return end, [part for start, stop in ranges for part in holes.between(start, stop)]
 
     async def _start_all(
         self, asked: "trio.MemoryReceiveChannel[list[Segment]]", line_up: "trio.MemorySendChannel[Piece | Segment]"
@@ -210,7 +243,8 @@ class Copy:
         if self._has_order:
             line_up.send_nowait(hole)
         if not self._target.in_order and not self._target.is_blank:
-            await in_thread_to_its_end(self._target.skip, hole.start, hole.end - hole.start)
+            for start in range(hole.start, hole.end, SKIP_STEP):
+                await in_thread_to_its_end(self._target.skip, start, min(SKIP_STEP, hole.end - start))
         self._started = hole.end
 
     async def _start(self, data: Segment, line_up: "trio.MemorySendChannel[Piece | Segment]") -> None:
@@ -259,12 +293,28 @@ class Copy:
         piece.data = result
         piece.landed.set()
         if not self._target.in_order:
-            self._start_soon(partial(self._write, piece))
+            self._to_write.append(piece)
+            if self._writers < WRITES_AT_ONCE:
+                self._writers += 1
+                self._start_soon(self._write_landed)
 
-    async def _write(self, piece: Piece) -> None:
-        async with self._writes:
-            await in_thread_to_its_end(self._target.write, piece.offset, piece.data)
-        self._used(piece)
+    async def _write_landed(self) -> None:
+        """Write what waits, small pieces together: a thread for each would take longer than the write."""
+        while self._to_write:
+            pieces = [self._to_write.popleft()]
+            length = pieces[0].length
+            while self._to_write and length + self._to_write[0].length <= self._transfer:
+                pieces.append(self._to_write.popleft())
+                length += pieces[-1].length
+            async with self._writes:
+                await in_thread_to_its_end(self._write_all, pieces)
+            for piece in pieces:
+                self._used(piece)
+        self._writers -= 1
+
+    def _write_all(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            self._target.write(piece.offset, piece.data)
 
     async def _use_in_order(self, lined_up: "trio.MemoryReceiveChannel[Piece | Segment]") -> None:
         following: Piece | Segment | None = None

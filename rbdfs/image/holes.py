@@ -10,6 +10,9 @@ from enum import Enum
 from itertools import accumulate
 from typing import NamedTuple
 
+SEGMENTS_AT_MOST = 1 << 18
+"""Of one image, some 20 MB. With more, only what was learned last is known."""
+
 
 class Kind(Enum):
     """What a byte of an image is, as far as is known."""
@@ -68,14 +71,29 @@ class HoleMap:
         first_index, last_index = bisect_left(self._starts, start), bisect_right(self._starts, end)
         self._starts[first_index:last_index] = starts
         self._kinds[first_index:last_index] = kinds
+        if len(self._starts) > SEGMENTS_AT_MOST:
+            self._forget_all_but(start, end)
         self._ranks = []
         self.has_holes = Kind.HOLE in self._kinds
+
+    def _forget_all_but(self, start: int, end: int) -> None:
+        first, last = bisect_left(self._starts, start), bisect_left(self._starts, end)
+        before, after = [0] if start else [], [end] if end < self.size else []
+        self._starts = before + self._starts[first:last] + after
+        self._kinds = [Kind.UNKNOWN] * len(before) + self._kinds[first:last] + [Kind.UNKNOWN] * len(after)
 
     def at(self, offset: int) -> Segment:
         """The segment that holds a byte of the image."""
         index = bisect_right(self._starts, offset) - 1
         end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
         return Segment(self._starts[index], end, self._kinds[index])
+
+    def between(self, start: int, end: int) -> Iterator[Segment]:
+        """The segments of the bytes [start, end), cut where these begin and end."""
+        while start < end:
+            _, stop, kind = self.at(start)
+            yield Segment(start, min(stop, end), kind)
+            start = stop
 
     def rank(self, offset: int) -> int:
         """How many bytes before an offset are not known to be hole."""

@@ -1,5 +1,6 @@
 """One open file over an image: the read path between a read() of the kernel and an object of the cluster."""
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import trio
 from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.backend import ImageBackend, OnRead, ReadResult
 from rbdfs.image.cache import CachedImage, ObjectCache
-from rbdfs.image.holes import HoleMap, Kind, Segment
+from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.readahead import STALL_SECONDS, Readahead
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ FLUSH_SECONDS = 2.0
 RANDOM_BYTES_MAX = 64 * 1024
 """A random reader's reads of up to this size are not kept in the cache: the kernel's page cache keeps them, and to keep
 tens of thousands of small pieces costs more than they save."""
+
+WINDOWS_OF_A_MAP = 256
+"""Answers from an object map by which all of a snapshot's holes are learned when it is first read: 64 TiB."""
 
 OnSeek = Callable[[int | RbdfsError | None], None]
 """Takes the offset that a seek found, None for lseek(2)'s ENXIO, or an error. Must not raise."""
@@ -159,13 +163,18 @@ class OpenImage:
         async def guarded() -> None:
             try:
                 await work()
+                return
             except RbdfsError as error:
-                if isinstance(error, StaleError):
-                    self._stale = error
-                callback(error)
+                failure = error
             except Exception as error:  # out of a system task it would end the mount for everyone
                 log.exception("a read or a seek failed unexpectedly")
-                callback(RbdfsError(f"unexpected {type(error).__name__}: {error}"))
+                failure = RbdfsError(f"unexpected {type(error).__name__}: {error}")
+            if isinstance(failure, StaleError):
+                self._stale = failure
+            try:
+                callback(failure)
+            except Exception:
+                log.exception("a read or a seek could not be answered")
 
         trio.lowlevel.spawn_system_task(guarded)
 
@@ -193,9 +202,11 @@ class OpenImage:
         holes.is_asked = True
         backend = self._state.backend
         try:
-            # Only if one answer tells of all of it: then it costs milliseconds.
-            if await backend.extents_window() >= holes.size:
-                await self._learn(backend, 0)
+            # Only if it costs milliseconds: if one answer tells of all of it, or a few from a map.
+            window = await backend.extents_window()
+            if window * (WINDOWS_OF_A_MAP if backend.has_map else 1) >= holes.size:
+                for position in range(0, holes.size, window):
+                    await self._learn(backend, position)
         except RbdfsError as error:
             log.info("holes are read like data: %s", error)
 
@@ -203,34 +214,37 @@ class OpenImage:
         """Find where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.
 
         `callback` is called once, from here or later. It gets None past the end, and after the last data: lseek(2)'s
-        ENXIO. What the cluster does not answer is data.
+        ENXIO. What the cluster refuses to say is data; if it does not answer, that is an error.
         """
         if offset < self.size == self._holes.size:
             segment = self._holes.find(offset, kind)
-            if segment is None or segment.kind is kind:
-                callback(self._found(offset, kind, segment))
+            if segment is not None and segment.kind is kind:
+                callback(max(offset, segment.start))
                 return
         self._in_a_task(partial(self._seek_slowly, offset, kind, callback), callback)
 
     async def _seek_slowly(self, offset: int, kind: Kind, callback: OnSeek) -> None:
         backend = self._state.backend
-        size = backend.size if offset < backend.size else await backend.refresh()
-        if size != self._holes.size:
-            self._holes = HoleMap(size)
-        if offset >= size:
-            callback(None)
-            return
-        while (segment := self._holes.find(offset, kind)) and segment.kind is not kind:
-            await self._learn(backend, max(offset, segment.start))
-        callback(self._found(offset, kind, segment))
-
-    def _found(self, offset: int, kind: Kind, segment: Segment | None) -> int | None:
-        if segment is not None:
-            return max(offset, segment.start)
-        return self._holes.size if kind is Kind.HOLE else None
+        size = -1
+        while size != backend.size:  # that there is no more is said only of the size that the image has now
+            size = backend.size
+            if size != self._holes.size:
+                self._holes = HoleMap(size)
+            while size == backend.size and (segment := self._holes.find(offset, kind)) and segment.kind is not kind:
+                await self._learn(backend, max(offset, segment.start))
+            if size == backend.size and segment is not None:
+                callback(max(offset, segment.start))
+                return
+            if not backend.is_immutable:
+                await backend.refresh()
+        callback(size if kind is Kind.HOLE and offset < size else None)
 
     async def _learn(self, backend: ImageBackend, position: int) -> None:
-        """Ask what the window around `position` holds. What was learned belongs to this open() alone."""
+        """Ask what the window around `position` holds. What was learned belongs to this open() alone.
+
+        What the cluster refuses to say is data. Raises RbdfsError (ETIMEDOUT) if it does not answer. Learns nothing if
+        others have shrunk the image: then the backend has the new size.
+        """
         holes = self._holes
         try:
             window = await backend.extents_window()
@@ -238,6 +252,10 @@ class OpenImage:
             end = min(start + window, holes.size)
             holes.learn(start, end, await backend.extents(start, end - start))
         except RbdfsError as error:
+            if isinstance(error, BeyondEndError) and await backend.refresh() != holes.size:
+                return
+            if error.errno == errno.ETIMEDOUT:
+                raise  # the next seek may have an answer
             log.warning("from %d on, holes are read like data: %s", position, error)
             holes.learn(position, holes.size, [(position, holes.size - position)])
 

@@ -5,11 +5,13 @@ from collections.abc import Hashable
 
 import trio
 
-from rbdfs.image.backend import OpenBackend
+from rbdfs.errors import StaleError
+from rbdfs.image.backend import ImageBackend, OpenBackend
 from rbdfs.image.cache import CachedImage, ObjectCache
 from rbdfs.image.holes import HoleMap
 from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.striper import Layout
+from rbdfs.tasks import Unhurried
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class OpenImages:
         self._cache = cache
         self._share = ReadaheadShare(cache.budget_bytes)
         self._entries: dict[Hashable, _Entry] = {}
+        self._unhurried = Unhurried()
 
     async def open(self, key: Hashable, open_backend: OpenBackend) -> tuple[OpenImage, bool]:
         """Open the image `key`; `open_backend` is called if nobody has it open.
@@ -55,67 +58,74 @@ class OpenImages:
             async with entry.lock:
                 unchanged = await self._bring_up_to_date(key, entry, open_backend)
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._leave(key, entry)
+            await self._leave(key, entry)
             raise
         assert entry.state is not None  # noqa: S101  (just set, and kept while there are users)
         return OpenImage(entry.state, self._cache, self._share), unchanged
 
     async def close(self, image: OpenImage) -> None:
-        """End one open(). The last one gives the librbd image and its watch back."""
+        """End one open(). The last one gives the librbd image and its watch back. A cancel ends the waiting alone."""
         image.close()
-        with trio.CancelScope(shield=True):
-            await self._leave(image.key, self._entries[image.key])
+        await self._leave(image.key, self._entries[image.key])
 
     async def aclose(self) -> None:
-        """Close what is still open."""
-        for entry in self._entries.values():
+        """Close what is still open, and wait for what is being closed."""
+        for entry in list(self._entries.values()):
             if entry.state is not None:
                 self._cache.cancel(entry.state.cached)
                 await entry.state.backend.close()
         self._entries.clear()
+        await self._unhurried.wait()
 
     async def _bring_up_to_date(self, key: Hashable, entry: _Entry, open_backend: OpenBackend) -> bool:
         state = entry.state
-        backend = state.backend if state and state.backend.stale is None else await open_backend()
-        try:
-            version = await backend.write_version()
-        except BaseException:
-            if state is None or backend is not state.backend:
-                with trio.CancelScope(shield=True):
-                    await backend.close()
-            raise
+        backend = await self._current_backend(state, open_backend)
+        version = backend.write_version
         unchanged = entry.cached is not None and version is not None and version == entry.write_version
         if entry.cached is None or not unchanged:
             if entry.cached is not None:
                 self._cache.forget(entry.cached)
             layout = Layout(backend.object_size, backend.stripe_unit, backend.stripe_count)
-            entry.cached = CachedImage(backend, layout)
+            entry.cached = CachedImage(backend, layout, self._cache.throttle(backend.pool))
         entry.cached.backend = backend
         entry.write_version = version
-        if backend.is_snapshot and entry.holes is None:
-            entry.holes = HoleMap(backend.size)
+        if not backend.is_immutable or not unchanged:
+            entry.holes = HoleMap(backend.size) if backend.is_immutable else None
         if state is None:
             entry.state = OpenState(key, backend, entry.cached, entry.holes)
         else:
             state.cached = entry.cached
+            state.holes = entry.holes
             if backend is not state.backend:  # it was migrated, say: older opens go over to what it is now
                 stale, state.backend = state.backend, backend
-                with trio.CancelScope(shield=True):
-                    await stale.close()
-        return unchanged or backend.is_snapshot
+                try:
+                    await self._unhurried.run(stale.close)
+                except trio.Cancelled:
+                    entry.write_version = None  # the kernel does not hear that this open() has found it changed
+                    raise
+        return unchanged
+
+    async def _current_backend(self, state: OpenState | None, open_backend: OpenBackend) -> ImageBackend:
+        """The image that somebody has open, brought up to date; else, or if that is gone, a new one."""
+        if state is not None:
+            try:
+                await state.backend.bring_up_to_date()
+                return state.backend
+            except StaleError as error:
+                log.info("opened anew: %s", error)
+        return await open_backend()
 
     async def _leave(self, key: Hashable, entry: _Entry) -> None:
-        async with entry.lock:
-            entry.users -= 1
-            if entry.users:
-                return
-            state, entry.state = entry.state, None
-            if state is not None:
-                self._cache.cancel(state.cached)
-            self._remember(key, entry)
+        """At once, but for the librbd image: that is closed beside the next open(), which need not wait for it."""
+        entry.users -= 1
+        if entry.users:
+            return
+        state, entry.state = entry.state, None
         if state is not None:
-            await state.backend.close()  # beside the next open(), which need not wait for it
+            self._cache.cancel(state.cached)
+        self._remember(key, entry)
+        if state is not None:
+            await self._unhurried.run(state.backend.close)
 
     def _remember(self, key: Hashable, entry: _Entry) -> None:
         """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""

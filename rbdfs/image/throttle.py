@@ -1,9 +1,20 @@
 """A limit on what is in flight towards the cluster, so that a mount can flood neither the cluster nor itself."""
 
+import math
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(slots=True)
+class Total:
+    """What several throttles have in flight together. One that has nothing in flight may always start one."""
+
+    max_bytes: float = math.inf
+    bytes: int = 0
+    peak_bytes: int = 0
 
 
 class Throttle:
@@ -13,31 +24,63 @@ class Throttle:
     `objecter_inflight_op_bytes`. Theirs block the calling thread; this one queues.
     """
 
-    def __init__(self, max_ops: int, max_bytes: int) -> None:
+    def __init__(self, max_ops: int, max_bytes: int, total: Total | None = None) -> None:
+        """`total` is shared by all throttles whose bytes count together."""
         self.max_ops = max_ops
         self.max_bytes = max_bytes
         self.ops = 0
         self.bytes = 0
-        self.peak_bytes = 0
+        self._total = total or Total()
         self._urgent: dict[Hashable, tuple[int, Callable[..., None]]] = {}
         self._later: dict[Hashable, tuple[int, Callable[..., None]]] = {}
+        self._is_starting = False
 
     def submit(self, key: Key, nbytes: int, start: Callable[[Key], None], *, urgent: bool) -> None:
         """Call `start(key)` as soon as `nbytes` more may be in flight; then call `done(nbytes)` when it has ended.
 
-        More than `max_bytes` at once starts when nothing else is in flight.
+        More than `max_bytes` at once starts when nothing else is in flight. `start` must not raise; what ends at once
+        may call `done` from there.
         """
+        # As in _start_queued; inline, since all that is not cached comes here.
+        total = self._total
         if (
             not self._urgent
             and (urgent or not self._later)
-            and (not self.ops or (self.ops < self.max_ops and self.bytes + nbytes <= self.max_bytes))
+            and (
+                not self.ops
+                or (
+                    self.ops < self.max_ops
+                    and self.bytes + nbytes <= self.max_bytes
+                    and total.bytes + nbytes <= total.max_bytes
+                )
+            )
         ):
             self.ops += 1
             self.bytes += nbytes
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            total.bytes += nbytes
+            total.peak_bytes = max(total.peak_bytes, total.bytes)
             start(key)
         else:
             (self._urgent if urgent else self._later)[key] = (nbytes, start)
+
+    def _has_room(self, nbytes: int) -> bool:
+        return not self.ops or (
+            self.ops < self.max_ops
+            and self.bytes + nbytes <= self.max_bytes
+            and self._total.bytes + nbytes <= self._total.max_bytes
+        )
+
+    def _count(self, nbytes: int) -> None:
+        total = self._total
+        self.ops += 1
+        self.bytes += nbytes
+        total.bytes += nbytes
+        total.peak_bytes = max(total.peak_bytes, total.bytes)
+
+    @property
+    def queued(self) -> int:
+        """How much was submitted and has not started."""
+        return len(self._urgent) + len(self._later)
 
     def promote(self, key: Hashable) -> None:
         """Somebody waits for this now. Nothing happens if it was started already."""
@@ -52,17 +95,21 @@ class Throttle:
         """What was started with `nbytes` has ended, well or not."""
         self.ops -= 1
         self.bytes -= nbytes
-        if self._urgent or self._later:
-            self._start_queued()
+        self._total.bytes -= nbytes
+        # Of what ends in its `start`, one after the other: nested, a long queue would be too deep a recursion.
+        if (self._urgent or self._later) and not self._is_starting:
+            self._is_starting = True
+            try:
+                self._start_queued()
+            finally:
+                self._is_starting = False
 
     def _start_queued(self) -> None:
         while queue := self._urgent or self._later:
             key = next(iter(queue))
             nbytes, start = queue[key]
-            if self.ops and (self.ops >= self.max_ops or self.bytes + nbytes > self.max_bytes):
+            if not self._has_room(nbytes):
                 return
             del queue[key]
-            self.ops += 1
-            self.bytes += nbytes
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            self._count(nbytes)
             start(key)
