@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from rbdfs import __version__
 from rbdfs.cli.cluster import EPILOG
 from rbdfs.cli.devcluster import add_devcluster
-from rbdfs.cli.images import add_export, add_map
+from rbdfs.cli.images import add_diff, add_export, add_map, add_verify
 from rbdfs.cli.mount import add_mount
+from rbdfs.cli.status import add_status
+from rbdfs.commands.logs import ERROR, stderr_is_journal
 from rbdfs.errors import RbdfsError, UsageError
 
 EXIT_OK = 0
@@ -18,6 +20,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 DEBIAN_PACKAGES = {
+    "prometheus_client": "python3-prometheus-client",
     "pyfuse3": "python3-pyfuse3",
     "tqdm": "python3-tqdm",
     "trio": "python3-trio",
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. The exit status."""
     ours, command_line = _split_at_dashes(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(ours, argparse.Namespace(command_line=command_line))
+        options = make_parser().parse_args(ours, argparse.Namespace(command_line=command_line))
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except UsageError as error:
@@ -64,11 +67,13 @@ def _split_at_dashes(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[
 
 
 def _fail(sentence: str, status: int) -> int:
-    print(f"rbdfs: {sentence}", file=sys.stderr)
+    level = f"<{ERROR}>" if stderr_is_journal() else ""
+    print(f"{level}rbdfs: {sentence}", file=sys.stderr)
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; the man page and the completion of shells come from it, too."""
     parser = argparse.ArgumentParser(
         prog="rbdfs",
         description="Every image in a Ceph cluster as a plain file.",
@@ -78,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rbdfs {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_mount(commands)
+    add_status(commands)
     add_export(commands)
+    add_verify(commands)
+    add_diff(commands)
     add_map(commands)
     add_devcluster(commands)
     return parser

@@ -14,10 +14,12 @@ EPILOG = """\
 exit status: 0 success, 1 the command failed (one line on stderr says why), 2 wrong usage, 130 interrupted
 """
 
+CLUSTER_OPTIONS = "cluster options, as of the rbd command"
+
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """Which cluster, and who we are there."""
-    group = parser.add_argument_group("cluster options, as of the rbd command")
+    group = parser.add_argument_group(CLUSTER_OPTIONS)
     group.add_argument("-c", "--conf", metavar="FILE", type=Path, help="ceph.conf [CEPH_CONF, /etc/ceph/CLUSTER.conf]")
     group.add_argument(
         "--cluster", metavar="NAME", help="name of the cluster, which names its files in /etc/ceph [ceph]"
@@ -41,7 +43,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=int,
         default=120,
-        help="a read that no OSD answers fails with ETIMEDOUT after this time [120]; 0 waits for ever; "
+        help="what the cluster does not answer fails with ETIMEDOUT after this time [120]; 0 waits for ever; "
         "rados_osd_op_timeout in ceph.conf, if set, goes first",
     )
 

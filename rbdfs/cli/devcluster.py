@@ -60,7 +60,14 @@ def _add_devcluster_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_devcluster_shape(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--osds", metavar="N", type=positive, default=1, help="object storage daemons [1]")
+    parser.add_argument(
+        "--osds",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="object storage daemons [1]; with 3 or more, pools keep 3 copies of each object, and there is a pool ec, "
+        "erasure-coded (k=2, m=1), for rbd create --data-pool ec",
+    )
     parser.add_argument(
         "--store",
         choices=("bluestore", "memstore"),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from rbdfs.cli.cluster import EPILOG, add_cluster_options, cluster_options
-from rbdfs.cli.types import octal, size
+from rbdfs.cli.types import address, octal, size
 
 OPTION = re.compile(r'(?:\\.|"[^"]*"|[^,])+')
 """Of those that commas separate after -o; a comma in an option stands in quotes or behind a backslash."""
@@ -34,6 +34,12 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("-d", "--debug", action="store_true", help="log everything")
     parser.add_argument(
         "--log-file", metavar="FILE", type=Path, help="log there [syslog in the background, else stderr]"
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="[ADDRESS:]PORT",
+        type=address,
+        help="serve figures for Prometheus there, by HTTP [none]; without ADDRESS to this host alone, at 127.0.0.1",
     )
 
     look = parser.add_argument_group("what files look like")
@@ -70,11 +76,12 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from rbdfs.commands.mount import MountOptions, mount  # noqa: PLC0415  (needs pyfuse3, trio, rados and rbd)
+    from rbdfs.errors import NOTICE  # noqa: PLC0415
     from rbdfs.fuse.mount_options import parse_options  # noqa: PLC0415
     from rbdfs.fuse.operations import Presentation  # noqa: PLC0415
 
     fuse_options = _take_mount_options(parser, options)
-    verbosity = logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING
+    verbosity = logging.DEBUG if options.debug else logging.INFO if options.verbose else NOTICE
     return mount(
         MountOptions(
             mountpoint=options.mountpoint.absolute(),
@@ -86,6 +93,7 @@ def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             foreground=options.foreground,
             log_level=verbosity,
             log_file=options.log_file.absolute() if options.log_file else None,
+            metrics=options.metrics,
         )
     )
 

@@ -44,3 +44,11 @@ def digest(text: str) -> str:
     if not known:
         raise argparse.ArgumentTypeError(f"no such digest: {text}; there are sha256, sha512, blake2b, md5 and others")
     return text
+
+
+def address(text: str) -> tuple[str, int]:
+    """Where to listen: a port, or ADDRESS:PORT; an IPv6 address stands in brackets."""
+    match = re.fullmatch(r"(?:(?:\[([^]]+)\]|([^:]+)):)?(\d+)", text)
+    if match is None or not 0 < int(match[3]) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is no address; write 9283, 0.0.0.0:9283, [::1]:9283")
+    return match[1] or match[2] or "127.0.0.1", int(match[3])

@@ -11,6 +11,9 @@ import trio
 
 log = logging.getLogger(__name__)
 
+SIGNALLED = 128
+"""And the signal's number is the exit status: the shell's convention."""
+
 STOP_SECONDS = 4.0
 """How long a stop waits for reads in flight and for images to close, before it ends the process all the same."""
 
@@ -41,15 +44,19 @@ async def until_signalled(
 
 
 @contextmanager
-def exit_at_the_latest(status: int, seconds: float = STOP_SECONDS) -> Iterator[None]:
-    """Reads that no OSD answers must not keep a process alive that has nothing more to do: all is said by now."""
+def exit_at_the_latest(status: int, last: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What no OSD answers must not keep a process alive that has nothing more to do: all is said by now.
+
+    `last` is called before it exits so, in another thread.
+    """
 
     def give_up() -> None:
-        log.warning("images could not be closed within %s s; leaving them", seconds)
+        log.warning("images could not be closed within %s s; leaving them", STOP_SECONDS)
+        last()
         logging.shutdown()
         os._exit(status)
 
-    deadline = threading.Timer(seconds, give_up)
+    deadline = threading.Timer(STOP_SECONDS, give_up)
     deadline.daemon = True
     deadline.start()
     try:

@@ -1,10 +1,12 @@
 """`rbdfs export`: copy one image or snapshot to a file or a pipe, without a mount."""
 
 import hashlib
+import json
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -14,20 +16,25 @@ from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.image import CephImage
 from rbdfs.ceph.memory import use_one_heap
-from rbdfs.commands.ending import exit_at_the_latest, until_signalled
-from rbdfs.commands.find import find
+from rbdfs.commands.ending import SIGNALLED, exit_at_the_latest, until_signalled
+from rbdfs.commands.find import connect_for, find, tell, tell_of_writers, with_pool
 from rbdfs.commands.progress import load_bar, show_progress, summary
-from rbdfs.errors import RbdfsError, TargetError, UsageError
+from rbdfs.commands.update import Plan, copied_of, plan_update
+from rbdfs.errors import LabelError, RbdfsError, TargetError, UsageError
 from rbdfs.image.copy import Copy, CopyOptions
+from rbdfs.image.striper import MIB
 from rbdfs.spec import ImageSpec
 from rbdfs.target.file import FileTarget, ForcedFile, NewFile, check_new
-from rbdfs.target.journal import Origin
+from rbdfs.target.journal import origin_of
+from rbdfs.target.label import Copied
 from rbdfs.target.stream import Stream
-from rbdfs.threads import in_thread_to_its_end
+from rbdfs.target.update import UpdatedFile
+from rbdfs.threads import in_thread_of_its_own, in_thread_to_its_end
 
 STDOUT = 1
 FAILED = 1
-SIGNALLED = 128  # and the signal's number: the shell's convention
+NOT_BELIEVED = 3
+"""What PATH is a copy of is not known: `--full` can help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,12 @@ class ExportOptions:
     checksum: str | None = None
     """hashlib's name of a digest to print of the whole image."""
     progress: bool = True
+    update: bool = False
+    """Whether a copy of an earlier snapshot is brought up to date."""
+    full: bool = False
+    """Whether all of it is compared for that."""
+    as_json: bool = False
+    """Whether figures of it are printed."""
 
 
 Output = FileTarget | Stream
@@ -64,8 +77,16 @@ def export(options: ExportOptions) -> int:
         raise UsageError(f"{spec.image} may have changed meanwhile: --resume continues exports of a snapshot only")
     if options.resume and (options.path is None or options.force):
         raise UsageError("--resume continues a file of its own; it does not go with - or --force")
-    if options.path is not None and not options.force:
-        check_new(options.path, resume=options.resume)
+    if options.update and not spec.snapshot:
+        raise UsageError(f"{spec.image} changes while it is read: --update takes a snapshot, {spec.image}@NAME")
+    if options.update and (options.path is None or options.force):
+        raise UsageError("--update writes to a file or block device; it does not go with - or --force")
+    if options.full and not options.update:
+        raise UsageError("--full is a way to --update")
+    if options.as_json and options.path is None:
+        raise UsageError("--json writes to standard output, and the image goes there")
+    if options.path is not None and not options.force and not (options.update and os.path.lexists(options.path)):
+        check_new(options.path, resume=options.resume or options.update)
     if options.progress:
         load_bar()
     use_one_heap()
@@ -82,7 +103,10 @@ class _Export:
         self._cluster: Cluster | None = None
         self._source: CephImage | None = None
         self._output: Output | None = None
+        self._plan: Plan | None = None
+        self._copied: Copied | None = None
         self._copy: Copy | None = None
+        self._written_bytes = 0
         self._failure: RbdfsError | None = None
         self._began = 0.0
         self._status = 0
@@ -94,16 +118,17 @@ class _Export:
         return self._status
 
     async def _end(self, signalled: signal.Signals | None) -> None:
-        self._status = SIGNALLED + signalled if signalled else FAILED if self._failure else 0
+        self._status = SIGNALLED + signalled if signalled else _status_of(self._failure)
         if signalled:
             self._tell_failure(f"stopped by {signalled.name}")
         elif self._failure:
             self._tell_failure(str(self._failure))
-        elif self._copy is not None:
-            self._tell_success(self._copy, trio.current_time() - self._began)
+        elif self._source is not None:
+            self._tell_success(self._source.size, trio.current_time() - self._began)
         with exit_at_the_latest(self._status):
-            if self._source is not None:
-                await self._source.close()
+            for image in (*(self._plan.others if self._plan is not None else ()), self._source):
+                if image is not None:
+                    await image.close()
             if self._cluster is not None:
                 await self._cluster.aclose()
 
@@ -111,44 +136,55 @@ class _Export:
         """Raises nothing that is understood: `self._failure` has it."""
         try:
             await self._prepare()
-            await self._copy_all()
+            if self._plan is None or self._plan.towards:
+                await self._copy_all()
+            elif self._output is not None:
+                self._output.abandon()  # it is a copy of this snapshot already
+                self._output = None
+            if self._failure is None and self._plan is not None and self._digest is not None:
+                await in_thread_of_its_own(self._digest_file, self._digest)
         except RbdfsError as error:
             self._failure = error
 
     async def _prepare(self) -> None:
-        pools = (self._spec.pool,) if self._spec.pool else ()
-        self._cluster = cluster = await Cluster.connect(self._options.cluster, pools)
-        if not self._spec.pool:
-            self._spec = replace(self._spec, pool=cluster.setting("rbd_default_pool"))
+        self._cluster = cluster = await connect_for(self._options.cluster, self._spec)
+        self._spec = with_pool(cluster, self._spec)
         image = await find(cluster, self._spec)
         if image.snapshot_id is None:
-            await self._warn_of_writers(cluster, image)
+            await tell_of_writers(cluster, self._spec, image, "export")
         self._source = source = await cluster.open_image(self._spec, image)
+        if self._options.path is not None:
+            self._copied = await copied_of(cluster, self._spec, source, wait=self._options.update)
+        if self._options.update and self._copied is None:
+            raise RbdfsError(f"{self._spec} may be being filled (deep copy, mirroring, migration); try again later")
         self._output = await in_thread_to_its_end(self._open_output, cluster.fsid, image, source)
+        if isinstance(self._output, UpdatedFile) and self._copied is not None:
+            await self._plan_update(cluster, source, self._output, self._copied)
 
-    async def _warn_of_writers(self, cluster: Cluster, image: ImageRef) -> None:
-        writers = await cluster.writers(image)
-        if writers:
-            snapshot = f"{self._spec}@NAME"
-            _tell(
-                f"warning: {self._spec} may be written to, by {', '.join(writers)}, so that the copy is of no one "
-                f"moment; 'rbd snap create {snapshot}' and export {snapshot}"
-            )
+    async def _plan_update(self, cluster: Cluster, source: CephImage, target: UpdatedFile, new: Copied) -> None:
+        self._plan = plan = await plan_update(cluster, source, new, target, full=self._options.full)
+        if plan.notice:
+            tell(plan.notice)
+        if plan.towards:
+            begin = partial(target.begin, plan.of, plan.towards, compare=plan.changes is None)
+            await in_thread_to_its_end(begin)
 
     def _open_output(self, fsid: str, image: ImageRef, source: CephImage) -> Output:
         path = self._options.path
         if path is None:
             return Stream(STDOUT, "standard output")
         least_zeros = source.object_size * source.stripe_count
+        if self._options.update and path.exists():
+            return UpdatedFile(path)
         if self._options.force and path.exists():
             if not (path.is_file() or path.is_block_device()):
                 return Stream(_open_to_write(path), str(path), owned=True)
-            return ForcedFile(path, source.size, least_zeros)
-        origin = None
-        if image.snapshot_id is not None:
-            where = image.namespace
-            origin = Origin(fsid, where.pool.id, where.name, image.id, image.snapshot_id, source.size)
-        return NewFile(path, source.size, least_zeros, origin, resume=self._options.resume)
+            return ForcedFile(path, source.size, least_zeros, self._copied)
+        origin = None if image.snapshot_id is None else origin_of(fsid, image, source.size)
+        resume = self._options.resume or self._options.update
+        return NewFile(
+            path, source.size, least_zeros, origin, self._copied, resume=resume, restart=self._options.update
+        )
 
     async def _copy_all(self) -> None:
         assert self._cluster is not None  # noqa: S101  (_prepare has set all three)
@@ -156,13 +192,18 @@ class _Export:
         assert self._output is not None  # noqa: S101
         concurrency = self._options.concurrency or int(self._cluster.setting("rbd_concurrent_management_ops"))
         how = CopyOptions(concurrency, self._options.bytes_per_second)
-        self._copy = copy = Copy(self._source, self._output, how, self._digest)
+        changes = self._plan.changes if self._plan is not None else None
+        digest = self._digest if self._plan is None else None  # else of all of the file, when it is whole
+        self._copy = copy = Copy(self._source, self._output, how, digest, changes)
         async with trio.open_nursery() as nursery:
             if self._options.progress:
                 nursery.start_soon(show_progress, copy, str(self._spec))
             try:
                 await copy.run()
+                if changes is not None:
+                    await changes.confirm()
                 await in_thread_to_its_end(self._output.finish)
+                self._written_bytes = self._output.written_bytes
                 self._output = None
             except RbdfsError as error:
                 self._failure = error
@@ -174,16 +215,48 @@ class _Export:
         if self._output is not None and (rest := self._output.abandon()):
             why += f"; {rest}"
         self._output = None
-        _tell(why)
+        tell(why)
 
-    def _tell_success(self, copy: Copy, seconds: float) -> None:
+    def _digest_file(self, digest: "hashlib._Hash") -> None:
+        """All of what was brought up to date."""
+        assert self._options.path is not None  # noqa: S101
+        assert self._source is not None  # noqa: S101
+        left = self._source.size  # a block device may be larger
+        try:
+            with self._options.path.open("rb", buffering=0) as file:
+                while left and (data := file.read(min(left, MIB))):
+                    digest.update(data)
+                    left -= len(data)
+        except OSError as error:
+            raise TargetError(f"cannot read {self._options.path}: {error.strerror}", error.errno) from error
+
+    def _tell_success(self, size: int, seconds: float) -> None:
+        path, copy, plan = self._options.path, self._copy, self._plan
         if self._digest is not None:
-            # As sha256sum and its kin write it; where standard output has the image, beside it.
-            path = self._options.path
-            file = sys.stderr if path is None else sys.stdout
+            # As sha256sum and its kin write it; where standard output has the image or the figures, beside it.
+            file = sys.stderr if path is None or self._options.as_json else sys.stdout
             print(f"{self._digest.hexdigest()}  {path or '-'}", file=file, flush=True)
-        if self._options.progress and not sys.stderr.isatty():
-            _tell(summary(copy, str(self._spec), seconds))
+        if self._options.as_json:
+            figures = {
+                "image": str(self._spec),
+                "path": str(path),
+                "from_snap": plan.of.snapshot if plan is not None and plan.of is not None else None,
+                "size": size,
+                "changed_bytes": copy.changed_bytes if copy is not None else 0,
+                "read_bytes": copy.copied_bytes if copy is not None else 0,
+                "written_bytes": self._written_bytes,
+                "seconds": round(seconds, 3),
+            }
+            print(json.dumps(figures), flush=True)
+        elif self._options.progress and not sys.stderr.isatty():
+            if copy is None:
+                tell(f"{path} is a copy of {self._spec} already")
+            else:
+                tell(summary(copy, str(self._spec), seconds))
+
+
+def _status_of(failure: RbdfsError | None) -> int:
+    return 0 if failure is None else NOT_BELIEVED if isinstance(failure, LabelError) else FAILED
 
 
 def _open_to_write(path: Path) -> int:
@@ -191,7 +264,3 @@ def _open_to_write(path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except OSError as error:
         raise TargetError(f"cannot open {path}: {error.strerror}", error.errno) from error
-
-
-def _tell(sentence: str) -> None:
-    print(f"rbdfs: {sentence}", file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ import trio
 from rbdfs.ceph.allocation import Allocation
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.commands.find import find
+from rbdfs.ceph.placement import NO_OSD
+from rbdfs.commands.find import connect_for, find, with_pool
 from rbdfs.commands.picture import legend, picture
 from rbdfs.commands.units import in_units
 from rbdfs.errors import RbdfsError, UsageError
@@ -48,7 +49,7 @@ class Row:
     object_offset: int | None = None
     pg: str | None = None
     osds: Sequence[int] | None = None
-    """The acting set, the primary first."""
+    """The acting set, as `placements` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def map_image(options: MapOptions) -> int:
 
 async def _map(options: MapOptions, spec: ImageSpec) -> Mapped | RbdfsError:
     try:
-        cluster = await Cluster.connect(options.cluster, (spec.pool,) if spec.pool else ())
+        cluster = await connect_for(options.cluster, spec)
     except RbdfsError as error:
         return error
     try:
@@ -91,8 +92,7 @@ async def _map(options: MapOptions, spec: ImageSpec) -> Mapped | RbdfsError:
 
 
 async def _look(cluster: Cluster, options: MapOptions, spec: ImageSpec) -> Mapped:
-    if not spec.pool:
-        spec = replace(spec, pool=cluster.setting("rbd_default_pool"))
+    spec = with_pool(cluster, spec)
     image = await find(cluster, spec)
     found = await cluster.allocation(image, options.offset, options.length)
     if options.offset and options.offset >= found.size:
@@ -198,7 +198,7 @@ def _columns(rows: Iterable[Row]) -> Iterator[str]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     where = (row.object_no, row.object, row.object_offset, row.pg)
-    osds = "" if row.osds is None else ",".join(map(str, row.osds))
+    osds = "" if row.osds is None else ",".join("none" if osd == NO_OSD else str(osd) for osd in row.osds)
     return (
         str(row.offset),
         str(row.length),

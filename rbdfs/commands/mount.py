@@ -1,13 +1,14 @@
 """`rbdfs mount`: connect, mount, and serve until the file system is unmounted."""
 
+import faulthandler
 import logging
-import logging.handlers
+import math
 import os
+import resource
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,24 +20,32 @@ from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.ceph.memory import use_one_heap
 from rbdfs.commands.ending import exit_at_the_latest
+from rbdfs.commands.live_mount import LiveMount
+from rbdfs.commands.logs import log_to
+from rbdfs.commands.status_server import listen_for_status, serve_status
+from rbdfs.commands.systemd import ServiceManager, keep_informed
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.mount_options import FuseOptions
 from rbdfs.fuse.mounting import check_mountpoint
 from rbdfs.fuse.operations import Operations, Presentation
-from rbdfs.fuse.session import mounted, serve
+from rbdfs.fuse.session import Session, ask, mounted, serve
 from rbdfs.fuse.tree import Tree
+from rbdfs.fuse.trouble_log import TroubleLog
+from rbdfs.fuse.troubles import Troubles
 from rbdfs.image.cache import ObjectCache
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.striper import MIB
-from rbdfs.image.throttle import Throttle
+from rbdfs.threads import in_thread_of_its_own
 
 log = logging.getLogger(__name__)
 
 MAX_OPS = 256
 MAX_BYTES = 56 * MIB
-"""What the mount may have in flight towards the cluster: operations, and bytes (`rbd export`: 10 objects of 4 MiB).
-librados itself stops at 1,024 operations and 100 MiB (`objecter_inflight_ops`, `objecter_inflight_op_bytes`), and
-blocks the caller then."""
+"""What the mount may have in flight towards one pool: operations, and bytes (`rbd export`: 10 objects of 4 MiB)."""
+
+GRACE_SECONDS = 1.0
+"""How much longer than an OSD a request may take: what OSDs are asked for one after the other, what waits in a queue,
+and what waits for a monitor, is ended then. An OSD's own silence is told by then, in librados's words."""
 
 READY = "ready"
 """What the background process says when the mount is usable; anything else is what is wrong."""
@@ -56,6 +65,8 @@ class MountOptions:
     foreground: bool
     log_level: int
     log_file: Path | None
+    metrics: tuple[str, int] | None = None
+    """Address and port to serve them at."""
 
 
 def mount(options: MountOptions) -> int:
@@ -64,26 +75,96 @@ def mount(options: MountOptions) -> int:
     Raises RbdfsError if the file system could not be mounted; then nothing stays behind.
     """
     check_mountpoint(options.mountpoint)
+    if options.metrics is not None:
+        import rbdfs.commands.metrics  # noqa: F401, PLC0415  (takes 40 ms; now, to tell if a module is missing)
     use_one_heap()
+    _allow_many_files()
     if options.foreground:
-        _log_to(options, logging.StreamHandler(sys.stderr))
-        trio.run(_serve, options, lambda: None)
+        log_to(options.log_file, options.log_level, foreground=True)
+        manager = ServiceManager.from_environment(os.environ, os.getpid())
+        if manager.watchdog_seconds:
+            faulthandler.enable()  # so that the watchdog's SIGABRT leaves in the journal where every thread was
+        trio.run(_serve, options, lambda: None, manager)
         return 0
     return _in_background(options)
 
 
-async def _serve(options: MountOptions, ready: Callable[[], None]) -> None:
+async def _serve(options: MountOptions, ready: Callable[[], None], manager: ServiceManager) -> None:
     """The composition root: wires the parts, and takes them apart in reverse."""
+    manager.notify(f"STATUS=connecting to the cluster as {options.cluster.name}")
+    register = await _serve_metrics(options.metrics)
     cluster = await Cluster.connect(options.cluster, options.pools)
-    images = OpenImages(ObjectCache(options.cache_bytes, Throttle(MAX_OPS, MAX_BYTES)))
-    operations = Operations(Tree(cluster, time.time_ns()), cluster, images, cluster.open_image, options.presentation)
-    try:
-        with mounted(operations, options.mountpoint, options.fuse_options) as session:
-            await _until_stopped(partial(serve, session, ready))
-    finally:
-        with exit_at_the_latest(0):
+    cache = ObjectCache(options.cache_bytes, MAX_OPS, MAX_BYTES)
+    images = OpenImages(cache)
+    tree = Tree(cluster, time.time_ns())
+    osd_timeout = float(cluster.setting("rados_osd_op_timeout"))
+    troubles = TroubleLog(Troubles(osd_timeout), tree.image_of)
+    answer_seconds = osd_timeout + GRACE_SECONDS if osd_timeout else math.inf
+    operations = Operations(tree, cluster, images, cluster.open_image, options.presentation, troubles, answer_seconds)
+
+    with ExitStack() as ending:
+
+        async def serve_and_tell(session: Session, live: LiveMount) -> None:
+            async with trio.open_nursery() as nursery:
+
+                def usable() -> None:
+                    listener = listen_for_status(session.mount.device_number())
+                    if listener is not None:
+                        nursery.start_soon(serve_status, live, listener)
+                    ready()
+                    manager.notify("READY=1", f"STATUS={status()}")
+                    nursery.start_soon(keep_informed, manager, status, partial(ask, session.mount))
+
+                def stopping() -> None:
+                    manager.notify("STOPPING=1", "STATUS=closing images")
+                    ending.enter_context(exit_at_the_latest(0, session.mount.unmount))
+
+                status = partial(_status, options, operations)
+                await serve(session, usable, stopping)
+                nursery.cancel_scope.cancel()
+
+        try:
+            with mounted(operations, options.mountpoint, options.fuse_options) as session:
+                live = LiveMount(
+                    session.mount.mountpoint,
+                    cluster.fsid,
+                    options.cluster.name,
+                    time.time(),
+                    operations,
+                    session.device.requests,
+                    cache,
+                    cluster.answers,
+                )
+                register(live)
+                await _until_stopped(partial(serve_and_tell, session, live))
+        finally:
             await images.aclose()
             await cluster.aclose()
+
+
+def _allow_many_files() -> None:
+    """As many descriptors as we may have: each open image takes one, and by default 1,024 are allowed."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def _serve_metrics(address: tuple[str, int] | None) -> Callable[[LiveMount], None]:
+    """Before anything else, since it can fail. Takes the mount that figures are to be told of, once there is one."""
+    if address is None:
+        return lambda _: None
+    from rbdfs.commands.metrics import MountCollector, serve_metrics  # noqa: PLC0415  (loaded if it is needed)
+
+    registry = await in_thread_of_its_own(serve_metrics, *address)
+    return lambda live: registry.register(MountCollector(live))
+
+
+def _status(options: MountOptions, operations: Operations) -> str:
+    """What is mounted, how many files are open, and what is wrong."""
+    pools = ", ".join(options.pools) or "all pools"
+    count = len(operations.files)
+    trouble = operations.troubles.summary()
+    is_wrong = f"; trouble: {trouble}" if trouble else ""
+    return f"{pools} on {options.mountpoint}, {count} open file{'' if count == 1 else 's'}{is_wrong}"
 
 
 async def _until_stopped(serving: Callable[[], Awaitable[None]]) -> None:
@@ -138,8 +219,8 @@ def _serve_in_child(options: MountOptions, say: int) -> NoReturn:
     status = 1
     try:
         os.setsid()
-        _log_to(options, _syslog())
-        trio.run(_serve, options, ready)
+        log_to(options.log_file, options.log_level, foreground=False)
+        trio.run(_serve, options, ready, ServiceManager())
         status = 0
     except RbdfsError as error:
         os.write(say, str(error).encode(errors="backslashreplace"))
@@ -150,16 +231,3 @@ def _serve_in_child(options: MountOptions, say: int) -> NoReturn:
     finally:
         logging.shutdown()
         os._exit(status)
-
-
-def _log_to(options: MountOptions, default: logging.Handler) -> None:
-    """Log to `--log-file`, else to the given place."""
-    handler = logging.FileHandler(options.log_file) if options.log_file else default
-    handler.setFormatter(logging.Formatter("%(asctime)s rbdfs[%(process)d] %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=options.log_level, handlers=[handler])
-
-
-def _syslog() -> logging.Handler:
-    """The system's log, where there is one."""
-    device = Path("/dev/log")
-    return logging.handlers.SysLogHandler(os.fspath(device)) if device.exists() else logging.NullHandler()

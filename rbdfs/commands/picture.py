@@ -1,6 +1,6 @@
 """An image's allocation in one line: a cell for each object range, shaded by what it holds. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -17,6 +17,42 @@ UNICODE = Shades("·", "░▒▓█", "o")
 ASCII = Shades(".", "-=#", "o")
 
 
+class Picture:
+    """The cells of the image's bytes [start, end), at most `width`: whole objects."""
+
+    def __init__(self, start: int, end: int, object_size: int, width: int) -> None:
+        start -= start % object_size
+        objects = -(-(end - start) // object_size)
+        self.cell_bytes = max(1, -(-objects // max(1, width))) * object_size
+        self._end = end
+        self._cells = range(start, end, self.cell_bytes)
+        self._data = [0] * len(self._cells)
+        self._other = [0] * len(self._cells)
+
+    def add(self, offset: int, length: int, *, is_data: bool) -> None:
+        """A range of bytes that are data, or the other that is no hole."""
+        filled = self._data if is_data else self._other
+        cells, cell_bytes = self._cells, self.cell_bytes
+        position, end = max(offset, cells.start), min(offset + length, cells.start + len(cells) * cell_bytes)
+        while position < end:
+            number = (position - cells.start) // cell_bytes
+            stop = min(end, cells.start + (number + 1) * cell_bytes)
+            filled[number] += stop - position
+            position = stop
+
+    def draw(self, encoding: str) -> str:
+        """The line; `encoding` is that of where it is printed."""
+        shades = _shades(encoding)
+        drawn = []
+        for number, cell in enumerate(self._cells):
+            share = self._data[number] / min(self.cell_bytes, self._end - cell)
+            if self._data[number]:
+                drawn.append(shades.data[min(int(share * len(shades.data)), len(shades.data) - 1)])
+            else:
+                drawn.append(shades.parent if self._other[number] else shades.hole)
+        return "".join(drawn)
+
+
 def picture(
     start: int,
     end: int,
@@ -26,44 +62,23 @@ def picture(
     width: int,
     encoding: str,
 ) -> tuple[str, int]:
-    """The cells of the image's bytes [start, end), at most `width`, and the bytes each stands for: whole objects.
-
-    `data` and `parent` are (offset, length) pairs; `encoding` is that of where it is printed.
-    """
-    start -= start % object_size
-    objects = -(-(end - start) // object_size)
-    cell_bytes = max(1, -(-objects // max(1, width))) * object_size
-    cells = range(start, end, cell_bytes)
-    own, theirs = _filled(data, cells), _filled(parent, cells)
-    shades = _shades(encoding)
-    drawn = []
-    for number, cell in enumerate(cells):
-        share = own[number] / min(cell_bytes, end - cell)
-        if own[number]:
-            drawn.append(shades.data[min(int(share * len(shades.data)), len(shades.data) - 1)])
-        else:
-            drawn.append(shades.parent if theirs[number] else shades.hole)
-    return "".join(drawn), cell_bytes
+    """A picture, and the bytes that a cell stands for. `data` and `parent` are (offset, length) pairs."""
+    drawn = Picture(start, end, object_size, width)
+    for offset, length in data:
+        drawn.add(offset, length, is_data=True)
+    for offset, length in parent:
+        drawn.add(offset, length, is_data=False)
+    return drawn.draw(encoding), drawn.cell_bytes
 
 
-def legend(encoding: str, cell: str) -> str:
+def legend(encoding: str, cell: str, kinds: tuple[str, str, str] = ("data", "parent", "hole")) -> str:
     """What the characters mean."""
-    shades = _shades(encoding)
-    return f"{shades.data[0]} to {shades.data[-1]} data, {shades.parent} parent, {shades.hole} hole; a cell is {cell}"
+    shades, (data, other, neither) = _shades(encoding), kinds
+    return (
+        f"{shades.data[0]} to {shades.data[-1]} {data}, {shades.parent} {other}, {shades.hole} {neither}; "
+        f"a cell is {cell}"
+    )
 
 
 def _shades(encoding: str) -> Shades:
     return UNICODE if encoding.lower().replace("-", "") == "utf8" else ASCII
-
-
-def _filled(ranges: Iterable[tuple[int, int]], cells: range) -> Sequence[int]:
-    """The bytes of each cell that are in the ranges."""
-    filled = [0] * len(cells)
-    for offset, length in ranges:
-        position, end = max(offset, cells.start), min(offset + length, cells.start + len(cells) * cells.step)
-        while position < end:
-            number = (position - cells.start) // cells.step
-            stop = min(end, cells.start + (number + 1) * cells.step)
-            filled[number] += stop - position
-            position = stop
-    return filled

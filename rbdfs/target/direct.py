@@ -14,6 +14,9 @@ import os
 ALIGNMENT = 4096
 """Of offsets, lengths and addresses: enough for every disk and file system that knows O_DIRECT."""
 
+LEAST_BYTES = 64 << 10
+"""Less is written sooner into the page cache: many small writes go to the disk together then."""
+
 
 class DirectWriter:
     """Writes to a file or block device, directly where it can be and through the page cache where not."""
@@ -30,7 +33,7 @@ class DirectWriter:
 
         Raises OSError.
         """
-        if self._direct is None or offset % ALIGNMENT or not runs:
+        if self._direct is None or offset % ALIGNMENT or len(data) < LEAST_BYTES:
             _write_runs(self._plain, memoryview(data), offset, runs)
             return
         whole = len(data) - len(data) % ALIGNMENT

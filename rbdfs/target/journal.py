@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from rbdfs.catalog import ImageRef
 from rbdfs.errors import TargetError
 
 _RECORD = struct.Struct("<QIII")  # offset, length, the data's CRC-32, the CRC-32 of these three
@@ -29,6 +30,13 @@ class Origin(NamedTuple):
     """Bytes."""
 
 
+def origin_of(cluster: str, snapshot: ImageRef, size: int) -> Origin:
+    """Of a snapshot in the cluster with this fsid; `size` in bytes."""
+    assert snapshot.snapshot_id is not None  # noqa: S101  (a HEAD is no bytes that never change)
+    where = snapshot.namespace
+    return Origin(cluster, where.pool.id, where.name, snapshot.id, snapshot.snapshot_id, size)
+
+
 class Journal:
     """The journal of one file."""
 
@@ -45,22 +53,27 @@ class Journal:
             file.write(json.dumps(origin._asdict()).encode() + b"\n")
         self._file = self.path.open("ab", buffering=0)
 
+    def is_of_another(self, origin: Origin) -> bool:
+        """Whether it is another image's, snapshot's or size's. Raises OSError."""
+        head, newline, _ = self._read()
+        return bool(newline) and not _is_of(head, origin)
+
+    def _read(self) -> tuple[bytes, bytes, bytes]:
+        """The first line, its end, and the records."""
+        try:
+            return self.path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return b"", b"", b""
+
     def resume(self, origin: Origin) -> bool:
         """Take up what an earlier export wrote; False if there is nothing of use.
 
         Raises OSError, and TargetError if it is another image's.
         """
-        try:
-            head, newline, records = self.path.read_bytes().partition(b"\n")
-        except FileNotFoundError:
-            return False
+        head, newline, records = self._read()
         if not newline:
             return False
-        try:
-            same = Origin(**json.loads(head)) == origin
-        except (ValueError, TypeError):
-            same = False
-        if not same:
+        if not _is_of(head, origin):
             raise TargetError(f"{self.path} is of another image, snapshot or size; remove it, and the file beside it")
         whole = len(records) // _RECORD.size * _RECORD.size
         for record in _RECORD.iter_unpack(records[:whole]):
@@ -92,6 +105,14 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """The file is whole."""
+        """The file is whole, or gone."""
         self._file.close()
         self.path.unlink(missing_ok=True)
+        self.is_empty = True
+
+
+def _is_of(head: bytes, origin: Origin) -> bool:
+    try:
+        return Origin(**json.loads(head)) == origin
+    except (ValueError, TypeError):
+        return False

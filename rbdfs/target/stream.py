@@ -24,6 +24,7 @@ class Stream:
 
     def __init__(self, descriptor: int, name: str, *, owned: bool = False) -> None:
         """`owned`: the descriptor is closed in the end."""
+        self.written_bytes = 0
         self._descriptor = descriptor
         self._owned = owned
         self._name = name
@@ -44,7 +45,9 @@ class Stream:
         rest = memoryview(data)
         with self._errors_at(offset):
             while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+                count = os.write(self._descriptor, rest)
+                self.written_bytes += count
+                rest = rest[count:]
 
     def skip(self, offset: int, length: int) -> None:
         """See `Target.skip`."""

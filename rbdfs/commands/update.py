@@ -1,0 +1,133 @@
+"""`rbdfs export --update`: what has to be copied for a file to become a copy of a snapshot."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import trio
+
+from rbdfs.catalog import ImageRef
+from rbdfs.ceph.changes import Changes
+from rbdfs.ceph.cluster import Cluster
+from rbdfs.ceph.encoding import NANOSECONDS
+from rbdfs.ceph.image import CephImage
+from rbdfs.errors import LabelError
+from rbdfs.spec import ImageSpec
+from rbdfs.target.journal import origin_of
+from rbdfs.target.label import Copied
+from rbdfs.target.update import UpdatedFile
+from rbdfs.threads import in_thread_to_its_end
+
+HINT = "--full compares all of it with the image, and writes what differs"
+
+LATE_WRITES_SECONDS = 10.0
+OLD_SECONDS = 60.0
+"""A client that writes without the exclusive lock learns of a snapshot a moment after it was made (librbd waits for it
+for `rbd_notify_timeout`, 10 s by default, and then goes on): what it writes until then, the snapshot has. By the
+clocks of others, a snapshot is old enough only later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a file becomes a copy of a snapshot."""
+
+    of: Copied | None
+    """What it is a copy of; None if that is not known."""
+    towards: tuple[Copied, ...] = ()
+    """What updates that did not end may have written to it, and last what it becomes; empty if it is that now."""
+    changes: Changes | None = None
+    """What is to be copied; None is all that differs."""
+    notice: str = ""
+    """What a person should know of it."""
+    others: Sequence[CephImage] = ()
+    """To be closed in the end."""
+
+
+async def copied_of(cluster: Cluster, spec: ImageSpec, source: CephImage, *, wait: bool) -> Copied | None:
+    """What a file's label shall say of a copy; None where the snapshot may still change, for it is being filled.
+
+    Clients that do not take the exclusive lock may change it while it is new; `wait` until it is not.
+    """
+    if source.image.snapshot_id is None or not source.state.is_settled:
+        return None
+    created_ns = source.state.own.header.modified_ns
+    if not source.is_immutable and time.time() - created_ns / NANOSECONDS < OLD_SECONDS:
+        if not wait:
+            return None
+        await trio.sleep(LATE_WRITES_SECONDS)
+    origin = origin_of(cluster.fsid, source.image, source.size)
+    return Copied(origin, str(replace(spec, snapshot="")), spec.snapshot, created_ns)
+
+
+async def plan_update(cluster: Cluster, source: CephImage, new: Copied, target: UpdatedFile, *, full: bool) -> Plan:
+    """Find out what is to be copied. The file is as it was, until `UpdatedFile.begin`.
+
+    Raises LabelError where only `full` can help, and RbdfsError.
+    """
+    if full:
+        return Plan(None, (new,))
+    try:
+        label = await in_thread_to_its_end(target.read_label)
+    except LabelError as error:
+        raise LabelError(f"{error}; {HINT}") from error
+    if label is None:
+        what = "a block device" if target.is_device else "it has no label"
+        raise LabelError(f"nothing tells what {target.path} is a copy of: {what}; {HINT}")
+    if label.of is None:
+        raise LabelError(f"an export --full to {target.path} did not end, so nothing tells what it holds; {HINT}")
+    if label.whole is not None and label.whole.origin == new.origin:
+        return Plan(label.of)
+    for copied in (label.of, *label.towards):
+        _check_image(copied, new, target)
+    image, spec = source.image, source.spec
+    snapshots = {ref.snapshot_id: name for name, ref in (await cluster.snapshots(_head(image))).items()}
+    _check_old(label.of, new, snapshots, target)
+    earlier = tuple(copied for copied in label.towards if copied.origin != new.origin)
+    gone = [copied for copied in earlier if copied.origin.snapshot_id not in snapshots]
+    if gone:
+        notice = f"{target.path} may hold parts of {gone[0]}, which was removed: all of it is compared"
+        return Plan(label.of, (*earlier, new), notice=notice)
+    others: list[CephImage] = []
+    try:
+        for copied in earlier:
+            name = snapshots[copied.origin.snapshot_id]
+            ref = replace(image, snapshot_id=copied.origin.snapshot_id)
+            others.append(await cluster.open_image(replace(spec, snapshot=name), ref))
+        kept_bytes = min(copied.origin.size for copied in (label.of, *label.towards))
+        since = replace(image, snapshot_id=label.of.origin.snapshot_id)
+        changes = await cluster.changes(since, [source, *others], kept_bytes)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            for other in others:
+                await other.close()
+        raise
+    return Plan(label.of, (*earlier, new), changes, others=others)
+
+
+def _head(image: ImageRef) -> ImageRef:
+    return replace(image, snapshot_id=None)
+
+
+def _check_image(copied: Copied, new: Copied, target: UpdatedFile) -> None:
+    """Raise LabelError for a copy of another image."""
+    old, origin = copied.origin, new.origin
+    if old.cluster != origin.cluster:
+        raise LabelError(f"{target.path} is a copy of {copied.image} of another cluster ({old.cluster}); {HINT}")
+    if (old.pool_id, old.namespace, old.image_id) != (origin.pool_id, origin.namespace, origin.image_id):
+        was = "that was another image of the same name; " if copied.image == new.image else ""
+        raise LabelError(
+            f"{target.path} is a copy of {copied.image}, image {old.image_id} in pool {old.pool_id}, and not of "
+            f"{new.image}, image {origin.image_id} in pool {origin.pool_id}; {was}{HINT}"
+        )
+
+
+def _check_old(old: Copied, new: Copied, snapshots: dict[int | None, str], target: UpdatedFile) -> None:
+    """Raise LabelError where what the file holds is not there any more to tell what has changed."""
+    old_id = old.origin.snapshot_id
+    if old_id not in snapshots:
+        another = ", and another snapshot has its name now" if old.snapshot in snapshots.values() else ""
+        raise LabelError(f"{target.path} is a copy of {old}, which was removed{another}; {HINT}")
+    if old_id >= new.origin.snapshot_id:
+        raise LabelError(
+            f"{target.path} is a copy of {old}, which is not earlier than snapshot {new.origin.snapshot_id}; {HINT}"
+        )
