@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +15,8 @@ from pathlib import Path
 import rados
 import rbd
 
-from rbdfs.devcluster.cluster import Devcluster
+from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
+from rbdfs.devcluster.state import Store
 
 READ_ONLY_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only")
 SOON_BACK = {"objecter_timeout": "1", "objecter_tick_interval": "0.5"}
@@ -39,7 +42,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 class Ceph:
-    """The test run's cluster, as client.admin has it."""
+    """A cluster, as client.admin has it."""
 
     def __init__(self, devcluster: Devcluster) -> None:
         self.devcluster = devcluster
@@ -60,8 +63,8 @@ class Ceph:
     def run(self, *command: str) -> str:
         """Run one of Ceph's own commands; its output."""
         environment = os.environ | {"CEPH_CONF": os.fspath(self.conf)}
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
-        return done.stdout
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+        return os.fsdecode(done.stdout)
 
     def tell_mon(self, command: str, **arguments: object) -> bytes:
         """As the command `ceph` does, which takes half a second to start."""
@@ -140,6 +143,23 @@ class Ceph:
         return ("--id", name, "--keyring", os.fspath(self.make_key(name, *caps)))
 
 
+@contextmanager
+def running_ceph(osds: int = 1, store: Store = "bluestore", parent: Path | None = None) -> Iterator[Ceph]:
+    """A cluster in a folder of its own (in `parent`, or where temporary ones are), until the end of the block."""
+    folder = Path(tempfile.mkdtemp(prefix="rbdfs-test-", dir=parent))
+    devcluster = Devcluster(DevclusterOptions(folder, osds, store))
+    try:
+        devcluster.up()
+        ceph = Ceph(devcluster)
+        try:
+            yield ceph
+        finally:
+            ceph.close()
+    finally:
+        devcluster.down()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def rbdfs(*arguments: str, conf: Path | None = None, module: str = "rbdfs") -> subprocess.CompletedProcess[str]:
     """Run a command of rbdfs to its end."""
     environment = {key: value for key, value in os.environ.items() if key != "CEPH_CONF"} | {
@@ -198,6 +218,11 @@ class Mount:
         except (FileNotFoundError, ProcessLookupError):
             return False
 
+    @property
+    def waits(self) -> list[str]:
+        """Where in the kernel each of its threads is."""
+        return [path.read_text().strip() for path in Path(f"/proc/{self.pid}/task").glob("*/wchan")]
+
     def end(self) -> None:
         """Unmount, wait for the process, and fail on warnings that the test did not expect."""
         if self.is_mounted:
@@ -205,8 +230,9 @@ class Mount:
         try:
             wait_until(lambda: not self.is_running)
         except AssertionError:
-            waits = [path.read_text().strip() for path in Path(f"/proc/{self.pid}/task").glob("*/wchan")]
-            raise AssertionError(f"the mount's process lives on; its threads wait in {waits}; {self.log}") from None
+            raise AssertionError(
+                f"the mount's process lives on; its threads wait in {self.waits}; {self.log}"
+            ) from None
         unexpected = [
             line
             for line in self.log.splitlines()

@@ -1,20 +1,25 @@
 """What tests with a real cluster share: one Ceph for the whole run, and mounts that end with their test."""
 
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
-from tests.ceph import Ceph, Mount
+from tests.ceph import CHECKOUT, Ceph, Mount, running_ceph
+from tests.truth import MODES, ModeMounts
 
 HUNG_SECONDS = 120.0
 """No test uses its mount for longer."""
@@ -25,26 +30,42 @@ hypothesis.settings.register_profile("busy", deadline=None, suppress_health_chec
 hypothesis.settings.load_profile("busy")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Which cluster to test against."""
+    parser.addoption(
+        "--devcluster", type=Path, metavar="FOLDER", help="a devcluster that runs already, instead of one for this run"
+    )
+
+
 def pytest_configure() -> None:
     """A SIGTERM, as of `timeout`, ends the run as Ctrl-C does: with Ceph and the mounts taken down."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_report_header() -> str:
+    """With what the tests are run: what README.md tells of the platforms comes from here."""
+    system = platform.freedesktop_os_release().get("PRETTY_NAME", "?")
+    programs = [
+        subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+        for program in ("ceph-osd", "fusermount3")
+    ]
+    ceph, libfuse = (found[0] if (found := re.findall(r"\d+\.\d[\d.]*", said)) else "?" for said in programs)
+    modules = ", ".join(f"{name} {metadata.version(name)}" for name in ("pyfuse3", "trio"))
+    return f"with {system}, Linux {platform.release()}, Ceph {ceph}, libfuse {libfuse}, {modules}"
+
+
 @pytest.fixture(scope="session")
-def ceph() -> Iterator[Ceph]:
-    """A real single-node Ceph, brought up once."""
-    folder = Path(tempfile.mkdtemp(prefix="rbdfs-test-"))
-    devcluster = Devcluster(DevclusterOptions(folder))
-    try:
-        devcluster.up()
-        ceph = Ceph(devcluster)
+def ceph(request: pytest.FixtureRequest) -> Iterator[Ceph]:
+    """A real single-node Ceph, brought up once; with `--devcluster` one that was brought up already, and stays up."""
+    if there := request.config.getoption("--devcluster"):
+        ceph = Ceph(Devcluster(DevclusterOptions(there)))
         try:
             yield ceph
         finally:
             ceph.close()
-    finally:
-        devcluster.down()
-        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with running_ceph() as ceph:
+            yield ceph
 
 
 @pytest.fixture
@@ -74,3 +95,35 @@ def mounts(ceph: Ceph) -> Iterator[Callable[..., Mount]]:
 def mount(mounts: Callable[..., Mount]) -> Mount:
     """A mount with the default options."""
     return mounts()
+
+
+@pytest.fixture(scope="module")
+def mode_mounts(ceph: Ceph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModeMounts]:
+    """Mounts in every mode, each made when it is first needed, and their logs may hold errors."""
+    mounts = ModeMounts(ceph, lambda: tmp_path_factory.mktemp("mode"))
+    try:
+        yield mounts
+    finally:
+        mounts.end()
+
+
+@pytest.fixture(params=MODES, ids=", ".join)
+def mode_mount(request: pytest.FixtureRequest, mode_mounts: ModeMounts) -> Iterator[Mount]:
+    """A mount in each mode, which outlives the test."""
+    mount = mode_mounts.get(request.param)
+    watchdog = threading.Timer(HUNG_SECONDS, os.kill, (mount.pid, signal.SIGKILL))
+    watchdog.start()
+    yield mount
+    watchdog.cancel()
+    assert mount.is_running, f"the mount has died; {mount.log}"
+
+
+@pytest.fixture
+def environment(ceph: Ceph, tmp_path: Path) -> dict[str, str]:
+    """As of a user who has rbdfs on PATH, and a key for the rbd command."""
+    program = tmp_path / "bin" / "rbdfs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={CHECKOUT} exec {sys.executable} -m rbdfs "$@"\n')
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "CEPH_CONF": str(ceph.conf), "HOME": str(tmp_path)}

@@ -28,11 +28,13 @@ class FakeBackend:
     stripe_count: int = 1
     hold: bool = False
     fail_with: int = 0
-    version: int | None = 1
+    write_version: int | None = 1
     closed: bool = False
     gone: bool = False
-    is_snapshot: bool = False
+    is_immutable: bool = False
     revalidate_due: bool = True
+    pool: int = 0
+    has_map: bool = False
     extents_asked: int = 0
     aios: list[Aio] = field(default_factory=list)
     held: list[Aio] = field(default_factory=list)
@@ -84,6 +86,10 @@ class FakeBackend:
         if self.stale is not None:
             raise self.stale
 
+    async def bring_up_to_date(self) -> None:
+        """See `ImageBackend.bring_up_to_date`."""
+        await self.refresh()
+
     async def verify(self) -> None:
         """See `ImageBackend.verify`."""
         self.revalidate_soon()
@@ -101,12 +107,10 @@ class FakeBackend:
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `ImageBackend.extents`: objects with a byte that is not zero. Not for stripes."""
         self.extents_asked += 1
+        if offset + length > len(self.content):
+            raise BeyondEndError("it was shrunk")
         starts = range(offset - offset % self.object_size, offset + length, self.object_size)
         return [(start, self.object_size) for start in starts if any(self.content[start : start + self.object_size])]
-
-    async def write_version(self) -> int | None:
-        """See `ImageBackend.write_version`."""
-        return self.version
 
     async def close(self) -> None:
         """See `ImageBackend.close`."""

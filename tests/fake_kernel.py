@@ -5,6 +5,7 @@ The structures are written by their definitions in linux/fuse.h, not by rbdfs/fu
 
 import errno
 import itertools
+import math
 import os
 import random
 import socket
@@ -21,6 +22,8 @@ import trio
 import trio.testing
 
 from rbdfs.fuse.device import Device, OpenFile
+from rbdfs.fuse.trouble_log import TroubleLog
+from rbdfs.fuse.troubles import Troubles
 from rbdfs.image.backend import OnRead
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OnSeek
@@ -33,6 +36,7 @@ class Op(IntEnum):
     FORGET = 2
     GETATTR = 3
     READ = 15
+    RELEASE = 18
     GETXATTR = 22
     LISTXATTR = 23
     INIT = 26
@@ -59,6 +63,9 @@ INTERRUPT_IN = struct.Struct("=Q")  # unique
 INIT_OUT = struct.Struct("=IIIIHHIIHHI28s")
 """major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, ..."""
 
+THREAD = 4711
+"""Who asks for everything."""
+
 LOOKED_UP = bytes(128)
 """What stands for a fuse_entry_out."""
 
@@ -75,12 +82,12 @@ settled = trio.testing.wait_all_tasks_blocked
 
 def message(opcode: int, unique: int, body: bytes = b"", inode: int = 1) -> bytes:
     """A request as the kernel sends it."""
-    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, inode, 1000, 1000, 4711, 0, 0) + body
+    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, inode, 1000, 1000, THREAD, 0, 0) + body
 
 
-def reading(offset: int, length: int, handle: int = 1) -> bytes:
-    """The body of a READ; READDIR and READDIRPLUS have the same."""
-    return READ_IN.pack(handle, offset, length, 0, 0xFEED, 0, 0)
+def reading(offset: int, length: int, handle: int = 1, *, flags: int = 0) -> bytes:
+    """The body of a READ; READDIR and READDIRPLUS have the same. `flags` are those of the open file."""
+    return READ_IN.pack(handle, offset, length, 0, 0xFEED, flags, 0)
 
 
 def seeking(offset: int, whence: int, handle: int = 1) -> bytes:
@@ -114,10 +121,15 @@ def interrupting(unique: int) -> bytes:
     return INTERRUPT_IN.pack(unique)
 
 
-def init_reply(max_background: int, congestion_threshold: int, max_write: int) -> bytes:
+NOTIFY_CODE_MAX = 9
+INIT_FLAGS = 0xABCDEF
+PARALLEL_DIROPS = 1 << 18
+
+
+def init_reply(max_background: int, congestion_threshold: int, max_write: int, flags: int = INIT_FLAGS) -> bytes:
     """The data of a reply to INIT."""
     limits = max_background, congestion_threshold, max_write
-    return INIT_OUT.pack(7, 38, 131072, 0xABCDEF, *limits, 1, 256, 3, 4, b"\5" * 28)
+    return INIT_OUT.pack(7, 38, 131072, flags, *limits, 1, 256, 3, 4, b"\5" * 28)
 
 
 class Answer(NamedTuple):
@@ -149,6 +161,8 @@ class Kernel:
         """By unique."""
         self.refused: list[int] = []
         """The uniques of replies that nobody waits for; the device got ENOENT."""
+        self.notified: list[tuple[int, bytes]] = []
+        """What the device has said unasked: a code, and data."""
         self.invalid: list[bytes] = []
         """Replies that were none; the device got EINVAL, and `serving` ends with an error."""
         self.faults: dict[str, Iterator[int]] = {}
@@ -181,6 +195,9 @@ class Kernel:
     def _take(self, reply: bytes) -> int:
         """As fuse_dev_do_write; returns its error."""
         length, error, unique = OUT_HEADER.unpack_from(reply)
+        if length == len(reply) and not unique and 0 < error < NOTIFY_CODE_MAX:
+            self.notified.append((error, reply[OUT_HEADER.size :]))
+            return 0
         if length != len(reply) or not -512 < error <= 0 or (error and length > OUT_HEADER.size):
             self.invalid.append(reply)
             return errno.EINVAL
@@ -311,19 +328,37 @@ class Setup:
     """Open with the handle 1."""
     forgotten: list[tuple[int, int]] = field(default_factory=list)
     """What the device has reported of FORGETs."""
+    outdated: list[int] = field(default_factory=list)
+    """Inodes of files that the kernel believes to be longer than they are."""
+    until_known: float | None = 0.0
+    """In how many seconds the kernel knows where files end; None if it was not told."""
     ended: trio.Event = field(default_factory=trio.Event)
     """Set when `Device.serve` has returned."""
 
 
 @asynccontextmanager
 async def serving(
-    files: Mapping[int, OpenFile] | None = None, forget: Callable[[Iterable[tuple[int, int]]], None] | None = None
+    files: Mapping[int, OpenFile] | None = None,
+    forget: Callable[[Iterable[tuple[int, int]]], None] | None = None,
+    answer_seconds: float = math.inf,
+    end_request_of: Callable[[int], None] = lambda _: None,
 ) -> AsyncIterator[Setup]:
     """A device that serves until the end of the block."""
     kernel = Kernel()
-    file, forgotten = FakeFile(), list[tuple[int, int]]()
-    device = Device(kernel.descriptor, {1: file} if files is None else files, forget or forgotten.extend)
-    setup = Setup(kernel, device, Pyfuse3(device), file, forgotten)
+    file, forgotten, outdated = FakeFile(), list[tuple[int, int]](), list[int]()
+    forget, files = forget or forgotten.extend, {1: file} if files is None else files
+    troubles = TroubleLog(Troubles(), lambda _inode: None)
+    device = Device(
+        kernel.descriptor,
+        files,
+        forget,
+        outdated.append,
+        lambda _inode, _end: setup.until_known,
+        troubles,
+        answer_seconds=answer_seconds,
+        end_request_of=end_request_of,
+    )
+    setup = Setup(kernel, device, Pyfuse3(device), file, forgotten, outdated)
 
     async def serve() -> None:
         await device.serve()
@@ -336,6 +371,7 @@ async def serving(
                 yield setup
                 nursery.cancel_scope.cancel()
         assert not kernel.invalid
+        assert not set(kernel.answers) & set(device.requests.waiting)
     finally:
         device.close()
         setup.pyfuse3.close()

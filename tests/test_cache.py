@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from rbdfs.errors import ReadError
 from rbdfs.image.cache import MISS_ALIGNMENT, CachedImage, ObjectCache
 from rbdfs.image.striper import Layout
-from rbdfs.image.throttle import Throttle
 from tests.fake_backend import FakeBackend
 from tests.in_trio import answer, in_trio
 
@@ -26,10 +25,10 @@ class Setup:
     def __init__(self, size: int = 256 * KIB, budget: int = 1 << 20, backend: FakeBackend | None = None) -> None:
         content = bytearray(random.Random(size).randbytes(size))
         self.backend = backend or FakeBackend(content, object_size=16 * KIB)
-        self.throttle = Throttle(64, 1 << 30)
-        self.cache = ObjectCache(budget, self.throttle)
+        self.cache = ObjectCache(budget, 64, 1 << 30)
+        self.throttle = self.cache.throttle(None)
         layout = Layout(self.backend.object_size, self.backend.stripe_unit, self.backend.stripe_count)
-        self.image = CachedImage(self.backend, layout)
+        self.image = CachedImage(self.backend, layout, self.throttle)
 
     async def check(self, offset: int, length: int) -> None:
         data = await answer(partial(self.cache.start_read, self.image, offset, length))
@@ -233,3 +232,62 @@ def test_any_reads_and_readahead_give_the_bytes_of_the_image(
 
     trio.run(run)
     assert setup.cache.cached_bytes <= max(budget, 0)
+
+
+# What was read ahead: used, or wasted.
+
+
+def ahead(setup: Setup) -> tuple[int, int, int]:
+    """Bytes asked for ahead of readers, what of them was used, and what was wasted; in KiB."""
+    counts = setup.cache.counts
+    return counts.ahead_bytes // KIB, counts.ahead_used_bytes // KIB, counts.ahead_wasted_bytes // KIB
+
+
+@in_trio
+async def test_what_was_read_ahead_is_used_once_a_reader_comes_to_it() -> None:
+    setup = Setup()
+    setup.cache.prefetch(setup.image, 0, 16 * KIB)
+    setup.cache.prefetch(setup.image, 16 * KIB, 16 * KIB)
+    await trio.testing.wait_all_tasks_blocked()
+    assert ahead(setup) == (32, 0, 0)
+    for _ in range(2):
+        await setup.check(4 * KIB, 4 * KIB)
+    assert ahead(setup) == (32, 16, 0)
+    await setup.check(12 * KIB, 8 * KIB)  # in both
+    assert ahead(setup) == (32, 32, 0)
+    setup.cache.forget(setup.image)
+    assert ahead(setup) == (32, 32, 0)
+
+
+@pytest.mark.parametrize("is_in_flight", [True, False])
+@in_trio
+async def test_what_was_read_ahead_for_nobody_is_wasted(*, is_in_flight: bool) -> None:
+    setup = Setup()
+    setup.backend.hold = is_in_flight
+    setup.cache.prefetch(setup.image, 0, 16 * KIB)
+    await trio.testing.wait_all_tasks_blocked()
+    setup.cache.forget(setup.image)
+    if is_in_flight:
+        assert ahead(setup) == (16, 0, 0)
+        setup.backend.release()
+        await trio.testing.wait_all_tasks_blocked()
+    assert ahead(setup) == (16, 0, 16)
+
+
+@in_trio
+async def test_what_was_read_ahead_and_evicted_is_wasted() -> None:
+    setup = Setup(budget=32 * KIB)
+    setup.cache.prefetch(setup.image, 0, 16 * KIB)
+    await trio.testing.wait_all_tasks_blocked()
+    for offset in range(64 * KIB, 128 * KIB, 8 * KIB):
+        await setup.check(offset, 8 * KIB)
+    assert ahead(setup) == (16, 0, 16)
+
+
+@in_trio
+async def test_what_could_not_be_read_ahead_is_neither_used_nor_wasted() -> None:
+    setup = Setup()
+    setup.backend.fail_with = errno.ETIMEDOUT
+    setup.cache.prefetch(setup.image, 0, 16 * KIB)
+    await trio.testing.wait_all_tasks_blocked()
+    assert ahead(setup) == (16, 0, 0)

@@ -1,6 +1,7 @@
 """What listing asks of a real cluster: operations are counted, time is not."""
 
 import errno
+import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -9,10 +10,14 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace
-from rbdfs.ceph import facts, header
+from rbdfs.ceph import facts, header, object_map
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.ceph.facts import KEPT_FROM_OBJECTS
+from rbdfs.ceph.header import Snapshot
+from rbdfs.ceph.object_map import ObjectSet
 from rbdfs.ceph.read_op import OPERATIONS_AT_ONCE, Reply, Request
+from rbdfs.ceph.snapshots import KEPT_FROM
 from rbdfs.errors import RbdfsError
 from tests.ceph import MIB, Ceph
 from tests.in_trio import in_trio
@@ -47,6 +52,7 @@ async def test_listing_costs_two_operations_an_image_and_one_for_all_names(ceph:
             for number in range(IMAGES):
                 rbd.RBD().create(ioctx, f"image{number}", MIB, old_format=False)
         async with counting(ceph, pool) as (cluster, namespace, asked):
+            asked.clear()  # whether the pool may be read
             names = await cluster.image_names(namespace)
             assert len(names) == IMAGES
             assert asked == ["rbd_directory"]
@@ -114,7 +120,7 @@ async def modified_ns(cluster: Cluster, image: ImageRef) -> int:
 
 
 @in_trio
-async def test_no_more_operations_are_in_flight_than_librados_takes_without_blocking(ceph: Ceph) -> None:
+async def test_no_more_operations_are_in_flight_to_a_pool_than_the_limit_says(ceph: Ceph) -> None:
     name = ceph.unique("often")
     ceph.make_image(name, b"content")
     async with counting(ceph, "rbd") as (cluster, namespace, asked):
@@ -127,10 +133,103 @@ async def test_no_more_operations_are_in_flight_than_librados_takes_without_bloc
             nonlocal most
             for reply in await operations.operate([request] * 100):
                 assert header.decode(image, reply).size == len(b"content")
-                most = max(most, operations._in_flight)
+                most = max(most, operations._in_flight[request.ioctx.lane])
 
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(ask)
         assert len(asked) > 20 * 100
         assert 0 < most <= OPERATIONS_AT_ONCE
+
+
+@in_trio
+async def test_the_object_prefix_of_an_image_of_format_1_is_the_one_that_rbd_info_says(ceph: Ceph) -> None:
+    name = ceph.unique("old")
+    command = ("rbd", "create", "--image-format", "1", "--size", "1M", f"rbd/{name}")
+    prefixes = set()
+    async with counting(ceph, "rbd") as (cluster, namespace, _):
+        for _ in range(2):
+            ceph.run("env", "RBD_FORCE_ALLOW_V1=1", *command)
+            image = await cluster.image(namespace, name)
+            request = header.request(cluster._read_ioctx(namespace), image)
+            decoded = header.decode(image, await cluster._operations.ask(request))
+            info = json.loads(ceph.run("rbd", "info", "--format", "json", f"rbd/{name}"))
+            assert decoded.object_prefix == info["block_name_prefix"]
+            prefixes.add(decoded.object_prefix)
+            ceph.remove_image(name)
+    assert len(prefixes) == 2
+
+
+@in_trio
+async def test_a_large_map_is_loaded_once_and_again_when_it_has_changed(
+    ceph: Ceph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, decoded = ceph.unique("large"), []
+
+    def decode(encoded: bytes) -> ObjectSet:
+        decoded.append(encoded)
+        return decode_map(encoded)
+
+    decode_map = object_map.decode
+    monkeypatch.setattr(object_map, "decode", decode)
+    size = KEPT_FROM_OBJECTS * 4 * MIB
+    with ceph.ioctx() as ioctx:
+        rbd.RBD().create(ioctx, name, size, old_format=False)
+    async with counting(ceph, "rbd") as (cluster, namespace, asked):
+        image = await cluster.image(namespace, name)
+        for written in range(1, 3):
+            ceph.write_image(name, b"data", (size - 4 * MIB) // written)
+            del asked[:]
+            for _ in range(3):
+                assert (await cluster.facts(image)).used_bytes == written * 4 * MIB
+            assert len(decoded) == written
+            assert len(asked) == 3 * 2 + (written - 1)
+        assert {len(each) // 1000 for each in decoded} == {16}
+
+
+@in_trio
+async def test_many_snapshots_are_listed_once_and_again_when_one_was_made_or_removed(
+    ceph: Ceph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, decoded = ceph.unique("snapped"), []
+
+    def decode(answer: bytes) -> Snapshot:
+        decoded.append(answer)
+        return decode_snapshot(answer)
+
+    decode_snapshot = header.decode_snapshot
+    monkeypatch.setattr(header, "decode_snapshot", decode)
+    ceph.make_image(name, b"content")
+    names = [f"snap{number}" for number in range(KEPT_FROM)]
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as opened:
+        for each in names:
+            opened.create_snap(each)
+        async with counting(ceph, "rbd") as (cluster, namespace, asked):
+            image = await cluster.image(namespace, name)
+            for each in names:
+                assert (await cluster.snapshot(image, each)).snapshot_id
+            assert len(decoded) == KEPT_FROM
+            opened.create_snap("new")
+            assert list(await cluster.snapshots(image)) == [*names, "new"]
+            opened.remove_snap("snap0")
+            with pytest.raises(RbdfsError) as raised:
+                await cluster.snapshot(image, "snap0")
+            assert raised.value.errno == errno.ENOENT
+            assert list(await cluster.snapshots(image)) == [*names[1:], "new"]
+            assert len(decoded) <= KEPT_FROM * 3 + 1
+            assert len(asked) < 3 * KEPT_FROM
+
+
+@in_trio
+async def test_an_image_without_a_header_stays_in_a_listing_if_no_osd_says_whether_it_has_a_name(ceph: Ceph) -> None:
+    name = ceph.unique("silent")
+    ceph.make_image(name, b"content")
+    async with counting(ceph, "rbd") as (cluster, namespace, _):
+        image = (await cluster.image_names(namespace))[name]
+
+        async def answer(requests: Sequence[Request]) -> Sequence[Reply]:
+            silent = {"rbd_directory": -errno.ETIMEDOUT}
+            return [Reply(silent.get(request.object_name, -errno.ENOENT)) for request in requests]
+
+        cluster._operations.operate = answer  # type: ignore[method-assign]
+        assert await cluster.facts_of_all([image]) == {image: None}

@@ -107,6 +107,25 @@ def test_a_cluster_that_was_stopped_and_kept_and_an_osd_that_was_killed_come_bac
     assert rbd(cluster, "ls") == "vm1\n"
 
 
+def test_with_three_osds_pools_keep_three_copies_and_images_can_have_their_data_in_an_erasure_coded_pool(
+    folder: Path,
+) -> None:
+    cluster = Devcluster(DevclusterOptions(folder, osds=3, store="memstore"))
+    cluster.up()
+    dump = ["ceph", "--conf", str(cluster.conf), "osd", "dump", "--format", "json"]
+    pools = json.loads(subprocess.run(dump, check=True, capture_output=True, timeout=30).stdout)["pools"]
+    assert [pool["pool_name"] for pool in pools] == ["rbd", "ec"]
+    for pool in pools:
+        assert (pool["size"], pool["min_size"], list(pool["application_metadata"])) == (3, 2, ["rbd"])
+    (profile,) = [pool["erasure_code_profile"] for pool in pools if pool["pool_name"] == "ec"]
+    show = ["ceph", "--conf", str(cluster.conf), "osd", "erasure-code-profile", "get", profile]
+    said = subprocess.run(show, check=True, capture_output=True, text=True, timeout=30).stdout.split()
+    assert {"k=2", "m=1", "crush-failure-domain=osd"} <= set(said)
+    rbd(cluster, "create", "vm1", "--size", "8M", "--data-pool", "ec")
+    for size in ("4M", "4K"):  # written, and written over
+        rbd(cluster, "bench", "--io-type", "write", "--io-size", size, "--io-total", size, "vm1")
+
+
 def test_two_devclusters_started_at_the_same_moment_do_not_collide(tmp_path: Path) -> None:
     clusters = [Devcluster(DevclusterOptions(tmp_path / name, store="memstore")) for name in ("one", "two")]
     try:

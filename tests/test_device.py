@@ -11,19 +11,25 @@ import pytest
 import trio
 import trio.testing
 
-from rbdfs.errors import ReadError, StaleError
+from rbdfs.errors import BeyondEndError, ReadError, StaleError
 from rbdfs.fuse import device as device_module
+from rbdfs.fuse.device import LOOK_SECONDS
+from rbdfs.fuse.pending import AGAIN_SECONDS, LONG_SECONDS
 from rbdfs.image.backend import OnRead
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OnSeek
 from tests.fake_kernel import (
+    INIT_FLAGS,
     LOOKED_UP,
+    PARALLEL_DIROPS,
+    THREAD,
     WITHOUT_ANSWER,
     Answer,
     FakeFile,
     Op,
     forgetting,
     forgetting_all,
+    getting,
     init_reply,
     interrupting,
     message,
@@ -84,6 +90,87 @@ async def test_a_read_is_answered_with_the_bytes_of_its_file() -> None:
         await settled()
         setup.file.complete()
         assert setup.kernel.answers[unique] == (0, setup.file.content[4096 : 132 * KIB])
+
+
+@pytest.mark.parametrize("flags", [0, os.O_DIRECT | os.O_NOATIME], ids=["page cache", "direct"])
+@pytest.mark.parametrize(
+    ("size", "offset", "length", "is_whole"),
+    [
+        (100_000, 0, 4096, True),
+        (100_000, 98_304, 4096, True),  # the last page
+        (100_000, 65_536, 36_864, True),  # to the end of the last page
+        (98_304, 65_536, 32_768, True),
+        (98_304, 65_536, 36_864, False),  # a page beyond
+        (100_000, 65_536, 40_960, False),
+        (100_000, 102_400, 4096, False),
+        (0, 0, 4096, False),
+    ],
+)
+@in_trio
+async def test_a_read_of_the_page_cache_is_short_on_the_last_page_alone(
+    size: int, offset: int, length: int, flags: int, *, is_whole: bool
+) -> None:
+    async with serving() as setup:
+        setup.file.content = setup.file.content[:size]
+        unique = setup.kernel.ask(Op.READ, reading(offset, length, flags=flags), inode=7)
+        await settled()
+        setup.file.complete()
+        if flags or is_whole:
+            assert setup.kernel.answers[unique] == (0, setup.file.content[offset : offset + length])
+            assert setup.outdated == []
+        else:
+            assert setup.kernel.answers[unique] == (errno.EIO, b"")
+            assert setup.outdated == [7]
+
+
+@in_trio
+async def test_a_read_that_ends_before_the_end_that_the_kernel_knows_is_an_error() -> None:
+    async with serving() as setup:
+        setup.file.content = setup.file.content[:100_000]
+        setup.until_known = None
+        unique = setup.kernel.ask(Op.READ, reading(98_304, 4096), inode=7)
+        await settled()
+        setup.file.complete()
+        assert setup.kernel.answers[unique] == (errno.EIO, b"")
+        assert setup.outdated == [7]
+
+
+@in_trio
+async def test_a_read_that_ends_where_the_kernel_has_just_been_told_is_answered_when_it_has_heard_it() -> None:
+    async with serving() as setup:
+        setup.file.content = setup.file.content[:100_000]
+        setup.until_known = 0.05
+        unique = setup.kernel.ask(Op.READ, reading(98_304, 4096), inode=7)
+        await settled()
+        setup.file.complete()
+        setup.until_known = 0.0
+        assert unique not in setup.kernel.answers
+        with trio.fail_after(5):
+            while unique not in setup.kernel.answers:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert setup.kernel.answers[unique] == (0, setup.file.content[98_304:100_000])
+        assert setup.outdated == []
+
+
+@in_trio
+async def test_a_read_that_finds_the_file_shrunk_tells_so() -> None:
+    async with serving() as setup:
+        unique = setup.kernel.ask(Op.READ, reading(0, 4096), inode=7)
+        await settled()
+        setup.file.reads.pop().callback(BeyondEndError("shrunk", errno.EIO))
+        assert setup.kernel.answers[unique] == (errno.EIO, b"")
+        assert setup.outdated == [7]
+
+
+@in_trio
+async def test_the_kernel_is_told_that_attributes_are_old_and_may_know_nothing_of_them() -> None:
+    async with serving() as setup:
+        setup.device.notify(7)
+        assert setup.kernel.notified == [(2, struct.pack("=Qqq", 7, -1, 0))]
+        setup.kernel.faults["write"] = iter([errno.ENOENT, errno.ENODEV])
+        setup.device.notify(8)
+        setup.device.notify(9)
+        assert len(setup.kernel.notified) == 1
 
 
 @pytest.mark.parametrize(("opcode", "body"), [(Op.READ, reading(0, 10, 99)), (Op.LSEEK, seeking(0, os.SEEK_DATA, 99))])
@@ -217,6 +304,91 @@ async def test_an_interrupt_goes_no_further_and_its_read_is_answered() -> None:
         assert not setup.pyfuse3.take()
 
 
+# Each in time.
+
+
+@in_trio
+async def test_what_is_not_answered_in_time_times_out_and_a_late_answer_is_dropped() -> None:
+    async with serving(answer_seconds=0.1) as setup:
+        read, seek = setup.kernel.ask(Op.READ, reading(0, 10)), setup.kernel.ask(Op.LSEEK, seeking(0, os.SEEK_DATA))
+        await trio.sleep(0.1 + 2 * LOOK_SECONDS)
+        assert setup.kernel.answers == {read: (errno.ETIMEDOUT, b""), seek: (errno.ETIMEDOUT, b"")}
+        again = setup.kernel.ask(Op.READ, reading(0, 10))  # by the kernel, page by page
+        await settled()
+        assert setup.kernel.answers[again] == (errno.ETIMEDOUT, b"")
+        setup.file.complete()
+        setup.file.seeks[0][2](0)
+        assert not setup.kernel.refused
+
+
+@in_trio
+async def test_what_waits_for_room_times_out_and_is_not_passed_on_but_releases_are() -> None:
+    async with serving(answer_seconds=0.1) as setup:
+        await setup.kernel.ask_many([(Op.GETXATTR, getting(64 * KIB))] * 2000)
+        released = setup.kernel.ask(Op.RELEASE)
+        await settled()
+        passed = setup.pyfuse3.take()
+        assert 0 < len(passed) < 2000
+        await trio.sleep(0.1 + 2 * LOOK_SECONDS)
+        assert len(setup.kernel.answers) == 2000 - len(passed)
+        assert {error for error, _ in setup.kernel.answers.values()} == {errno.ETIMEDOUT}
+        for request in passed:
+            setup.pyfuse3.reply(request.unique)
+        await settled()
+        assert [request.unique for request in setup.pyfuse3.take()] == [released]
+
+
+@in_trio
+async def test_what_the_page_cache_asked_for_in_vain_is_not_asked_for_again_at_once_but_then_it_is() -> None:
+    async with serving() as setup:
+        failed = setup.kernel.ask(Op.READ, reading(4096, 8192))
+        await settled()
+        setup.file.reads.pop().callback(ReadError("no answer", errno.ETIMEDOUT))
+        page, beside = (setup.kernel.ask(Op.READ, reading(offset, 4096)) for offset in (8192, 12288))
+        direct = setup.kernel.ask(Op.READ, reading(8192, 4096, flags=os.O_DIRECT))
+        other = setup.kernel.ask(Op.READ, reading(8192, 4096), inode=2)
+        await settled()
+        assert setup.kernel.answers == dict.fromkeys((failed, page), (errno.ETIMEDOUT, b""))
+        assert len(setup.file.reads) == len((beside, direct, other))
+        await trio.sleep(AGAIN_SECONDS)
+        again = setup.kernel.ask(Op.READ, reading(8192, 4096))
+        await settled()
+        assert again not in setup.kernel.answers
+        assert len(setup.file.reads) == len((beside, direct, other, again))
+
+
+@in_trio
+async def test_a_read_whose_thread_was_killed_ends_at_once_or_when_that_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed = set[int]()
+    monkeypatch.setattr("rbdfs.fuse.pending.is_killed", killed.__contains__)
+    ended = list[int]()
+    async with serving(end_request_of=ended.append) as setup:
+        read, unheard = setup.kernel.ask(Op.READ, reading(0, 10)), setup.kernel.ask(Op.READ, reading(10, 10))
+        passed = setup.kernel.ask(Op.GETATTR)
+        for unique in (read, passed):
+            setup.kernel.ask(Op.INTERRUPT, interrupting(unique))
+        await settled()
+        assert not setup.kernel.answers
+        killed.add(THREAD)
+        await trio.sleep(LONG_SECONDS + 2 * LOOK_SECONDS)
+        assert setup.kernel.answers == dict.fromkeys((read, unheard), (errno.EINTR, b""))
+        assert set(ended) == {THREAD}
+        before = len(ended)
+        await trio.sleep(2 * LOOK_SECONDS)
+        assert len(ended) > before  # pyfuse3 may not have begun with it
+        setup.pyfuse3.reply(passed, error=errno.EINTR)
+        await settled()
+        before = len(ended)
+        await trio.sleep(2 * LOOK_SECONDS)
+        assert len(ended) == before
+        at_once = setup.kernel.ask(Op.READ, reading(0, 10))
+        setup.kernel.ask(Op.INTERRUPT, interrupting(at_once))
+        await settled()
+        assert setup.kernel.answers[at_once] == (errno.EINTR, b"")
+
+
 # Exactly one answer.
 
 
@@ -267,7 +439,7 @@ async def test_a_read_that_is_answered_twice_costs_no_other_its_answer() -> None
             callback(result)
         setup.file.complete(1)
         assert setup.kernel.answers == {first: (0, b"a" * 10), second: (0, setup.file.content[10:20])}
-        assert setup.kernel.refused == [first, first]
+        assert not setup.kernel.refused
 
 
 @in_trio
@@ -340,7 +512,7 @@ async def test_the_mount_is_usable_once_the_amended_reply_to_init_is_with_the_ke
         await setup.device.initialized.wait()
         limits = device_module.LIMITS
         assert limits.congestion_threshold < limits.max_background
-        assert setup.kernel.answers == {unique: (0, init_reply(*limits))}
+        assert setup.kernel.answers == {unique: (0, init_reply(*limits, INIT_FLAGS | PARALLEL_DIROPS))}
 
 
 # The system calls on /dev/fuse fail.

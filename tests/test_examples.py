@@ -1,15 +1,12 @@
 """The scripts and files in examples/ do what they say, on a real mount."""
 
 import hashlib
-import os
 import re
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import rbd
 
 from tests.ceph import CHECKOUT, MIB, Ceph, Mount, random_bytes, wait_until
@@ -20,17 +17,6 @@ EXAMPLES = CHECKOUT / "examples"
 DISK = 8 * MIB
 PARTITION_START = MIB
 LINUX = 0x83
-
-
-@pytest.fixture
-def environment(ceph: Ceph, tmp_path: Path) -> dict[str, str]:
-    """As of a user who has rbdfs on PATH, and a key for the rbd command."""
-    program = tmp_path / "bin" / "rbdfs"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={CHECKOUT} exec {sys.executable} -m rbdfs "$@"\n')
-    program.chmod(0o755)
-    path = f"{program.parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "CEPH_CONF": str(ceph.conf), "HOME": str(tmp_path)}
 
 
 def run(*command: object, environment: dict[str, str], status: int = 0) -> str:
@@ -128,7 +114,7 @@ def test_images_are_backed_up_by_restic_and_rsync_from_snapshots(
         if changed == images:
             ceph.write_image(names[0], b"changed", 3 * MIB)
     for name in names:
-        dump = ["restic", "dump", "--path", f"/rbd/{name}", "latest", f"/rbd/{name}"]
+        dump = ["restic", "dump", "--path", f"/rbd:{name}", "latest", f"/rbd:{name}"]
         restored = subprocess.run(dump, env=environment, check=True, capture_output=True).stdout
         assert restored == (tmp_path / "copies" / "rbd" / name).read_bytes() == ceph.exported(name)
         assert snapshots(ceph, name) == []
@@ -151,7 +137,7 @@ def test_the_lines_for_fstab_mount_through_mount_8(ceph: Ceph, environment: dict
         # /usr/local/bin: in a mount namespace where they are ours.
         script = f"""
             set -e
-            cd / # where no file is called rbdfs, which mount would take for the device
+            cd {tmp_path} # where no file is called rbdfs, which mount would take for the device
             mount --bind {EXAMPLES}/mount.fuse.rbdfs /usr/sbin/mount.fuse3
             mount --bind {tmp_path}/bin /usr/local/bin
             mount --fstab {fstab} {target}

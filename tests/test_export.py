@@ -20,6 +20,7 @@ from rbdfs.ceph.connect import ClusterOptions
 from rbdfs.cli import main
 from rbdfs.commands.export import ExportOptions, export
 from tests.ceph import MIB, RBDFS, READ_ONLY_CAPS, Ceph, random_bytes, rbdfs, wait_until
+from tests.truth import assert_same
 
 ALL_FEATURES = 61
 HOLED = bytes(6 * MIB) + random_bytes(5 * MIB) + bytes(16 * MIB) + random_bytes(MIB, seed=2) + bytes(5 * MIB) + b"end"
@@ -279,7 +280,7 @@ def test_each_error_is_one_line_and_leaves_nothing_behind(
 ) -> None:
     name, target = make_holed(ceph), tmp_path / "copy"
     (tmp_path / "there").write_text("there")
-    no_rights = ceph.credentials(("mon", "profile rbd"))
+    no_rights = ("--connect-timeout", "5", *ceph.credentials(("mon", "profile rbd")))
     for arguments, status, sentence in (
         (("nope/vm1", target), 1, "there is no pool nope"),
         (("rbd/nope/vm1", target), 1, "nope"),
@@ -335,6 +336,35 @@ def test_a_block_device_gets_every_byte_zeros_included(ceph: Ceph, tmp_path: Pat
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
     assert backing.read_bytes() == HOLED + b"x" * (34 * MIB - len(HOLED))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="needs a loop device")
+def test_a_block_device_that_is_mounted_is_refused_in_one_line_and_left_as_it_is(ceph: Ceph, tmp_path: Path) -> None:
+    name, backing, mountpoint = make_holed(ceph), tmp_path / "backing", tmp_path / "mnt"
+    mountpoint.mkdir()
+    backing.write_bytes(bytes(48 * MIB))
+    losetup = ["losetup", "--find", "--show", str(backing)]
+    device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        # Else the kernel goes on with that when it is mounted.
+        subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device], check=True)
+        subprocess.run(["mount", device, mountpoint], check=True)
+        (mountpoint / "file").write_text("of the file system")
+        os.sync()
+        before = Path(device).read_bytes()
+        refused = rbdfs("export", "--force", f"rbd/{name}", device, conf=ceph.conf)
+        assert_same(Path(device).read_bytes(), before)
+        assert refused.returncode == 1
+        assert (
+            refused.stderr
+            == f"rbdfs: cannot open {device}: it is in use, mounted or part of another device (see lsblk)\n"
+        )
+        subprocess.run(["umount", mountpoint], check=True)
+        assert export(options(ceph, f"rbd/{name}", Path(device), force=True)) == 0
+        assert Path(device).read_bytes()[: len(HOLED)] == HOLED
+    finally:
+        subprocess.run(["umount", "-q", mountpoint], check=False)
+        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(ceph: Ceph, tmp_path: Path) -> None:

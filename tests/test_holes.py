@@ -1,8 +1,11 @@
 """The map of holes, against a model that knows each byte."""
 
+from unittest import mock
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rbdfs.image import holes as holes_module
 from rbdfs.image.holes import HoleMap, Kind
 
 SIZE = 64
@@ -61,3 +64,18 @@ def test_ranks_count_what_is_not_known_to_be_hole_and_lead_back_to_it(
         for end in range(start, len(present) + 1, 7):
             found = [position for first, last in holes.present(start, end) for position in range(first, last)]
             assert found == present[start:end]
+
+
+@given(LESSONS)
+def test_of_too_many_segments_only_what_was_learned_last_is_known(
+    lessons: list[tuple[int, int, list[tuple[int, int]]]],
+) -> None:
+    with mock.patch.object(holes_module, "SEGMENTS_AT_MOST", 6):
+        holes, model = taught(lessons)
+    kinds = [holes.at(position).kind for position in range(SIZE)]
+    assert all(kind in (known, Kind.UNKNOWN) for kind, known in zip(kinds, model, strict=True))
+    if lessons:
+        start, length, data = lessons[-1]
+        end = min(SIZE, start + length)
+        assert kinds[start:end] == model[start:end]
+        assert len(holes._starts) <= max(6, 2 * len(data) + 3)

@@ -2,20 +2,28 @@
 
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Callable
+import itertools
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import pytest
+import rados
 import rbd
 import trio
 
 import rbdfs.ceph.cluster
 from rbdfs.catalog import ImageRef, Namespace
+from rbdfs.ceph import librbd
 from rbdfs.ceph.aio import LibrbdImage
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.ceph.header_watch import HeaderWatch
 from rbdfs.ceph.image import CephImage
 from rbdfs.ceph.librados import Ioctx
+from rbdfs.ceph.read_op import ReadOperations, Reply, Request
 from rbdfs.errors import BeyondEndError, RbdfsError
 from rbdfs.image.backend import ImageBackend, ReadResult
 from rbdfs.spec import ImageSpec
@@ -138,13 +146,20 @@ async def test_close_waits_for_reads_in_flight(open_backend: OpenBackend) -> Non
     assert {as_bytes(result) for result in results} == {CONTENT[i * 4096 : (i + 1) * 4096] for i in range(20)}
 
 
+async def write_version(backend: ImageBackend) -> int | None:
+    """As an open() asks for it."""
+    await backend.bring_up_to_date()
+    return backend.write_version
+
+
 @in_trio
 async def test_the_write_version_stays_while_nobody_writes(open_backend: OpenBackend) -> None:
     async with open_backend() as backend:
-        version = await backend.write_version()
+        version = backend.write_version
         assert version is not None
+        assert await write_version(backend) == version
         await read(backend, 0, 4096)
-        assert await backend.write_version() == version
+        assert await write_version(backend) == version
 
 
 @in_trio
@@ -152,17 +167,18 @@ async def test_the_write_version_changes_with_a_write_and_is_unknown_while_someb
     async with real(ceph)() as backend:
         assert not isinstance(backend, FakeBackend)
         name = backend.spec.image  # type: ignore[attr-defined]
-        before = await backend.write_version()
+        before = await write_version(backend)
         ceph.write_image(name, b"written")
-        after = await backend.write_version()
+        after = await write_version(backend)
         assert before != after
         assert after is not None
         with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as writer:
+            assert await write_version(backend) is None  # it has the image open, and might write without the lock
             writer.write(b"again", 0)
-            assert await backend.write_version() is None
+            assert await write_version(backend) is None
             writer.write(b"and again", 0)
-            assert await backend.write_version() is None
-        assert await backend.write_version() not in (None, before, after)
+            assert await write_version(backend) is None
+        assert await write_version(backend) not in (None, before, after)
 
 
 @in_trio
@@ -173,7 +189,8 @@ async def test_without_the_exclusive_lock_feature_there_is_no_promise(ceph: Ceph
     try:
         pool = await cluster.pool("rbd")
         backend = await cluster.open_image(ImageSpec("rbd", name), await cluster.image(Namespace(pool), name))
-        assert await backend.write_version() is None
+        assert backend.write_version is None
+        assert await write_version(backend) is None
         await backend.close()
     finally:
         await cluster.aclose()
@@ -309,7 +326,7 @@ async def test_what_others_did_since_the_close_is_seen_at_the_next_open(ceph: Ce
 
 
 @in_trio
-async def test_of_a_clone_nothing_is_kept_for_its_parents_may_change(ceph: Ceph, counted: WithCounted) -> None:
+async def test_a_clone_that_is_kept_goes_with_any_change_of_its_parents(ceph: Ceph, counted: WithCounted) -> None:
     parent, child = ceph.unique("parent"), ceph.unique("child")
     ceph.make_image(parent, CONTENT)
     with ceph.ioctx() as ioctx, rbd.Image(ioctx, parent) as image:
@@ -319,8 +336,13 @@ async def test_of_a_clone_nothing_is_kept_for_its_parents_may_change(ceph: Ceph,
     async with counted() as counts:
         for _ in range(2):
             assert await counts.content(child) == await counts.content(child, "s") == CONTENT
-        assert counts.opens == 4
+        assert counts.opens == 2
         with ceph.ioctx() as ioctx:
+            with rbd.Image(ioctx, parent) as image:
+                image.create_snap("another")
+                image.remove_snap("another")
+            assert await counts.content(child) == await counts.content(child, "s") == CONTENT
+            assert counts.opens == 4
             with rbd.Image(ioctx, child) as image:
                 image.remove_snap("s")
                 image.flatten()
@@ -330,3 +352,86 @@ async def test_of_a_clone_nothing_is_kept_for_its_parents_may_change(ceph: Ceph,
         for _ in range(2):
             assert await counts.content(child) == CONTENT
         assert counts.opens == 5
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> "Counter[str]":
+    """How often the cluster was asked, but by librbd to open an image."""
+    counts: Counter[str] = Counter()
+    operate, watchers, watch = ReadOperations.operate, librbd.Image.watchers, HeaderWatch.begin
+
+    async def operate_counted(self: ReadOperations, requests: Sequence[Request]) -> Sequence[Reply]:
+        counts["headers"] += 1
+        return await operate(self, requests)
+
+    def watchers_counted(self: librbd.Image) -> frozenset[int]:
+        counts["watchers"] += 1
+        return watchers(self)
+
+    async def watch_counted(*arguments: Any) -> HeaderWatch:
+        counts["watch"] += 1
+        return await watch(*arguments)
+
+    monkeypatch.setattr(ReadOperations, "operate", operate_counted)
+    monkeypatch.setattr(librbd.Image, "watchers", watchers_counted)
+    monkeypatch.setattr(HeaderWatch, "begin", watch_counted)
+    return counts
+
+
+@in_trio
+async def test_an_open_asks_for_headers_and_watchers_once_and_once_more_for_each_new_ancestor(
+    ceph: Ceph, counted: WithCounted, asked: "Counter[str]"
+) -> None:
+    names = [ceph.unique("rounds") for _ in range(3)]
+    ceph.make_image(names[0], CONTENT)
+    for parent, child in itertools.pairwise(names):
+        ceph.run("rbd", "snap", "create", "--no-progress", f"rbd/{parent}@s")
+        ceph.run("rbd", "clone", "--rbd-default-clone-format", "2", f"rbd/{parent}@s", f"rbd/{child}")
+    async with counted() as counts:
+        for ancestors, name in enumerate(names):
+            ref = await counts.cluster.image(counts.namespace, name)
+            asked.clear()
+            first = await counts.cluster.open_image(ImageSpec("rbd", name), ref)
+            assert asked == {"headers": 1 + ancestors, "watch": 1, "watchers": 1}
+            asked.clear()
+            await first.bring_up_to_date()  # another open(): of what is open, and then of what was a moment ago
+            assert asked == {"headers": 1, "watchers": 1}
+            await first.close()
+            asked.clear()
+            second = await counts.cluster.open_image(ImageSpec("rbd", name), ref)
+            assert asked == {"headers": 1, "watch": 1, "watchers": 1}
+            await second.close()
+        assert counts.opens == len(names)
+
+
+@in_trio
+async def test_a_snapshot_is_immutable_once_nobody_can_be_filling_it(ceph: Ceph, counted: WithCounted) -> None:
+    name = ceph.unique("immutable")
+    ceph.make_image(name, CONTENT)
+    with ceph.ioctx() as ioctx:
+        async with counted() as counts:
+            with rbd.Image(ioctx, name) as writer:
+                writer.create_snap("s")
+                writer.write(b"again", 0)
+                backend = await counts.open(name, "s")
+                assert not backend.is_immutable
+                assert backend.write_version is None
+                await backend.bring_up_to_date()
+                assert not backend.is_immutable
+                assert counts.opens == 2  # librbd has loaded the snapshot's object map
+                with rbd.Image(ioctx, name, read_only=True) as image:
+                    prefix = image.id()
+                # A snapshot that was made an hour after its image is none of a copy's.
+                created = struct.pack("<II", 1, 0)
+                with rados.WriteOpCtx() as operation:
+                    ioctx.set_omap(operation, ("create_timestamp",), (created,))
+                    ioctx.operate_write_op(operation, f"rbd_header.{prefix}")
+                await backend.bring_up_to_date()
+                assert backend.is_immutable
+                version = backend.write_version
+                assert version is not None
+                await backend.close()
+            backend = await counts.open(name, "s")
+            assert backend.is_immutable
+            assert backend.write_version == version
+            await backend.close()

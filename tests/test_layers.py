@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rbdfs"
 
-NOUNS = {"errors", "spec", "catalog", "threads"}
+NOUNS = {"errors", "spec", "catalog", "tasks", "threads"}
 MAY_IMPORT = {
     "cli": {"cli", "commands", "fuse", "ceph", "devcluster", *NOUNS},
     "commands": {"commands", "fuse", "image", "target", "ceph", "devcluster", *NOUNS},
@@ -16,13 +16,16 @@ MAY_IMPORT = {
     "devcluster": {"devcluster", *NOUNS},
     "catalog": set(),
     "spec": {"errors"},
+    "tasks": set(),
     "threads": set(),
     "errors": set(),
 }
 ONLY_IN = {"pyfuse3": {"fuse"}, "rados": {"ceph"}, "rbd": {"ceph"}, "argparse": {"cli"}}
 PURE = (
+    "ceph/kept.py",
     "fuse/mount_options.py",
     "fuse/protocol.py",
+    "fuse/troubles.py",
     "image/holes.py",
     "image/striper.py",
     "image/readahead.py",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import rbd
 
+from tests.attributes import compare
 from tests.ceph import MIB, READ_ONLY_CAPS, Ceph, Mount
 
 Mounts = Callable[..., Mount]
@@ -81,27 +82,6 @@ def rich(ceph: Ceph) -> Iterator[Rich]:
 def said(ceph: Ceph, *command: str) -> Any:
     """What a command of rbd says, in JSON."""
     return json.loads(ceph.run("rbd", *command, "--format", "json"))
-
-
-def compare(found: dict[str, str], info: dict[str, Any]) -> None:
-    """Attributes and what `rbd info` says are the same."""
-    assert found["id"] == info["id"]
-    assert found["features"] == ", ".join(info["features"])
-    assert found["flags"] == ", ".join(info["flags"])
-    assert found["object_size"] == str(info["object_size"])
-    assert found["stripe_unit"] == str(info.get("stripe_unit", info["object_size"]))
-    assert found["stripe_count"] == str(info.get("stripe_count", 1))
-    assert found["data_pool"] == info.get("data_pool", "")
-    assert found["block_name_prefix"] == info["block_name_prefix"]
-    for which in ("create", "access", "modify"):
-        assert found[f"{which}_timestamp"] == info[f"{which}_timestamp"]
-    parent = info.get("parent")
-    trash = f" (trash {parent['id']})" if parent and parent["trash"] else ""
-    assert found["parent"] == (
-        "{pool}/{pool_namespace}/{image}@{snapshot}{trash}".format(**(parent | {"trash": trash})) if parent else ""
-    )
-    assert found["parent_overlap"] == (str(parent["overlap"]) if parent else "")
-    assert found.get("protected", "").lower() == info.get("protected", "")
 
 
 @pytest.mark.parametrize("caps", [None, READ_ONLY_CAPS], ids=["watching", "read-only caps"])

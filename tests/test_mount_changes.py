@@ -350,6 +350,20 @@ def blocklist(ceph: Ceph, action: str, addresses: list[str]) -> None:
         ceph.run("ceph", "osd", "blocklist", action, address)
 
 
+@contextlib.contextmanager
+def locked_out(ceph: Ceph, key: tuple[str, ...]) -> Iterator[None]:
+    """The client of a mount is blocklisted, and a new one would have no key."""
+    keyring, addresses = Path(key[3]), clients(ceph, key)
+    assert len(addresses) == 2
+    away = keyring.rename(keyring.with_suffix(".away"))
+    blocklist(ceph, "add", addresses)
+    try:
+        yield
+    finally:
+        blocklist(ceph, "rm", addresses)
+        away.rename(keyring)
+
+
 @CAPS
 def test_a_blocklisted_client_gets_errors_until_it_is_let_in_again(
     ceph: Ceph, mounts: Mounts, caps: tuple[str, ...]
@@ -360,15 +374,13 @@ def test_a_blocklisted_client_gets_errors_until_it_is_let_in_again(
     name, content = ceph.unique("blocked"), random_bytes(8 * MIB)
     ceph.make_image(name, content, MIB, features=ALL_FEATURES)
     with reading(mount.image(name), content) as result:
-        addresses = clients(ceph, key)
-        assert len(addresses) == 2
-        blocklist(ceph, "add", addresses)
-        wait_until(lambda: errno.ESHUTDOWN in result.errors, SECONDS)
-        reads = result.reads
-        wait_until(lambda: len(result.errors) > 50)
-        assert result.reads == reads
-        assert "the cluster has blocklisted this client" in mount.log
-        blocklist(ceph, "rm", addresses)
+        with locked_out(ceph, key):
+            wait_until(lambda: errno.ESHUTDOWN in result.errors, SECONDS)
+            reads = result.reads
+            wait_until(lambda: len(result.errors) > 50)
+            assert result.reads == reads
+            assert "the cluster has blocklisted this client" in mount.log
+            assert f"no key for client.{key[1]}" in mount.log
         wait_until(lambda: result.reads > reads + 50, 60)
     assert not result.wrong
     with mount.image(name).open("rb") as file:
@@ -382,11 +394,8 @@ def test_a_blocklisted_mount_ends_within_5_s(ceph: Ceph, mounts: Mounts, caps: t
     mount.expect("ERROR", "WARNING")
     name, content = ceph.unique("blocked"), random_bytes(8 * MIB)
     ceph.make_image(name, content, MIB, features=ALL_FEATURES)
-    with reading(mount.image(name), content) as result:
-        addresses = clients(ceph, key)
-        blocklist(ceph, "add", addresses)
+    with reading(mount.image(name), content) as result, locked_out(ceph, key):
         wait_until(lambda: errno.ESHUTDOWN in result.errors, SECONDS)
         os.kill(mount.pid, signal.SIGTERM)
         wait_until(lambda: not mount.is_running, 5)
-    blocklist(ceph, "rm", addresses)
     assert not result.wrong

@@ -217,20 +217,22 @@ class Load:
         return False
 
     def _read(self, flags: int, ranges: Iterator[tuple[int, int]]) -> None:
-        with opened(self._path, flags) as file:
-            for offset, length in ranges:
-                try:
-                    data = read_direct(file, offset, length) if flags else os.pread(file, length, offset)
-                except OSError as error:
-                    self.errors.append(error.errno or 0)
-                    return
-                if data != self._content[offset : offset + length]:
-                    if not self._is_cut_off_by_an_error(file, offset, data):
-                        self.wrong.append(offset)
-                    return
-                self.reads += 1
-                if self._stop.is_set():
-                    return
+        try:
+            with opened(self._path, flags) as file:
+                self._read_all(file, flags, ranges)
+        except OSError as error:  # also of the open(), for a reader that begins when all is over
+            self.errors.append(error.errno or 0)
+
+    def _read_all(self, file: int, flags: int, ranges: Iterator[tuple[int, int]]) -> None:
+        for offset, length in ranges:
+            data = read_direct(file, offset, length) if flags else os.pread(file, length, offset)
+            if data != self._content[offset : offset + length]:
+                if not self._is_cut_off_by_an_error(file, offset, data):
+                    self.wrong.append(offset)
+                return
+            self.reads += 1
+            if self._stop.is_set():
+                return
 
 
 def last_error() -> OSError:
@@ -463,12 +465,11 @@ def reader(path: Path, way: str, offset: int) -> Iterator["subprocess.Popen[str]
             process.kill()
 
 
-def test_a_reader_that_is_killed_while_it_waits_is_gone_at_the_latest_when_it_is_answered(
-    ceph: Ceph, mounts: Mounts
-) -> None:
+def test_a_reader_that_is_killed_while_it_waits_is_gone_at_once(ceph: Ceph, mounts: Mounts) -> None:
     mount = mounts("--osd-timeout", "12")  # with it an OSD that is back is found within 3 s, by default within 10
     name, content = ceph.unique("killed"), random_bytes(24 * MIB)
     ceph.make_image(name, content)
+    ceph.resize_image(name, 32 * MIB)  # where the file ends is asked at each seek, where a known hole begins is not
     path = mount.image(name)
     with calling(mount) as calls, opened(path) as file, ExitStack() as readers:
         assert calls.do(os.lseek, file, 0, os.SEEK_HOLE) == len(content)
@@ -483,15 +484,12 @@ def test_a_reader_that_is_killed_while_it_waits_is_gone_at_the_latest_when_it_is
             wait_until(lambda: waits_for_a_mount(cached.pid) and waits_for_a_mount(direct.pid))
             cached.kill()
             direct.kill()
-            # Its read ends at once; that of its files are closed is what takes time.
-            assert cached.wait(CLOSE_SECONDS + STOP_SECONDS) == -signal.SIGKILL
-            # The kernel does not let go of what it may be written to: in state D, until the read is answered.
-            assert direct.poll() is None
-            assert Path(f"/proc/{direct.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "D"
+            # Its read ends at once; that its files are closed is what takes time.
+            for process in (cached, direct):
+                assert process.wait(CLOSE_SECONDS + STOP_SECONDS) == -signal.SIGKILL
             assert calls.do(os.lseek, file, MIB, os.SEEK_HOLE) == len(content)
             assert calls.do(attribute_names, mount.path) == b""
-        assert direct.wait(60) == -signal.SIGKILL
-        assert calls.result(calls.start(path.read_bytes), 60) == content
+        assert calls.result(calls.start(path.read_bytes), 60) == content + bytes(8 * MIB)
 
 
 def test_a_lazy_unmount_under_load_lets_readers_read_on_and_ends_with_the_last_close(ceph: Ceph, mount: Mount) -> None:
@@ -572,7 +570,7 @@ def test_whatever_waits_gets_an_error_when_its_mount_is_torn_away(ceph: Ceph, mo
             wait_until(lambda: not mount.is_running, STOP_SECONDS)
 
 
-def test_reads_and_seeks_are_served_while_a_seek_waits_which_finds_data_in_the_end(ceph: Ceph, mounts: Mounts) -> None:
+def test_reads_and_seeks_are_served_while_a_seek_waits_which_fails_in_the_end(ceph: Ceph, mounts: Mounts) -> None:
     # Through the page cache, a read asks for the file's size first, once a second.
     mount = mounts("--direct-io", "--osd-timeout", str(OSD_TIMEOUT))
     mount.expect("WARNING", "ERROR")
@@ -593,15 +591,13 @@ def test_reads_and_seeks_are_served_while_a_seek_waits_which_finds_data_in_the_e
             assert calls.do(read_direct, file, 2 * MIB, MIB) == content[2 * MIB : 3 * MIB]
             assert calls.do(attribute_names, mount.path) == b""
             assert not waiting.done()
-            assert calls.result(waiting) == 16 * MIB  # what the cluster does not answer is data, to the end
+            with pytest.raises(TimeoutError):
+                calls.result(waiting)
             assert OSD_TIMEOUT <= time.monotonic() - began < LATE_SECONDS
-            assert calls.do(os.lseek, file, 5 * MIB, os.SEEK_DATA) == 5 * MIB
-        assert f"from {MIB} on, holes are read like data: " in mount.log
 
         def seeks_again() -> bool:
             try:
-                with opened(path) as again:
-                    return calls.do(os.lseek, again, MIB, os.SEEK_HOLE) == 4 * MIB
+                return calls.do(os.lseek, file, MIB, os.SEEK_HOLE) == 4 * MIB
             except TimeoutError:  # the placement group of this object is not active yet
                 return False
 

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import subprocess
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import rbd
@@ -37,6 +40,59 @@ def test_a_read_that_no_osd_answers_fails_and_the_mount_lives_on(ceph: Ceph, mou
                 return False
 
         wait_until(reads_again, 60)
+
+
+def test_names_that_no_osd_answers_for_are_looked_up_side_by_side(ceph: Ceph, mounts: Mounts) -> None:
+    names = [ceph.unique("silent") for _ in range(6)]
+    for name in names:
+        ceph.make_image(name, b"content")
+    mount = mounts("--osd-timeout", "2")
+    mount.expect("ERROR", "WARNING")
+    assert mount.image(names[0]).stat().st_size == 7
+    ceph.devcluster.kill_daemon("osd.0")
+    try:
+        ended: list[float] = []
+
+        def look(name: str) -> None:
+            with pytest.raises(OSError, match="timed out"):
+                mount.image(name).stat()
+            ended.append(time.monotonic())
+
+        threads = [threading.Thread(target=look, args=(name,)) for name in names[1:]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        # One after the other, the kernel would wait 2 s for each.
+        assert len(ended) == 5
+        assert max(ended) - min(ended) < 2
+    finally:
+        ceph.devcluster.start_daemon("osd.0")
+
+
+def test_a_pool_that_no_osd_answers_for_stays_in_the_listing_and_fails_alone(ceph: Ceph, mounts: Mounts) -> None:
+    mount = mounts("--osd-timeout", "2")
+    mount.expect("ERROR", "WARNING")
+    pools = os.listdir(mount.path)
+    assert "rbd" in pools
+    ceph.devcluster.kill_daemon("osd.0")
+    try:
+        assert os.listdir(mount.path) == pools
+        done = subprocess.run(["ls", "-lR", mount.path], capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "timed out" in done.stderr
+    finally:
+        ceph.devcluster.start_daemon("osd.0")
+    wait_until(lambda: is_listed(mount.path / "rbd"), 60)
+
+
+def is_listed(folder: Path) -> bool:
+    """Whether a listing is no error."""
+    try:
+        os.listdir(folder)
+    except TimeoutError:
+        return False
+    return True
 
 
 def test_a_read_waits_for_an_osd_that_comes_back(ceph: Ceph, mount: Mount) -> None:

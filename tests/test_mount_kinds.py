@@ -2,10 +2,12 @@
 
 import json
 import os
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
+import rados
 import rbd
 
 from tests.ceph import MIB, Ceph, Mount
@@ -157,6 +159,76 @@ def test_a_broken_image_is_listed_and_fails_alone_with_a_line_that_says_why(ceph
         )
         assert copied.returncode == 23  # some files could not be copied: a backup program must notice
         assert (folder.parent.parent / "copy" / "fine").read_bytes() == b"content"
+    finally:
+        ceph.remove_pool(pool)
+
+
+DAMAGE = {
+    "order-huge": ("order", b"\xff"),
+    "order-zero": ("order", b"\0"),
+    "order-cut": ("order", b""),
+    "size-negative": ("size", b"\xff" * 8),
+    "size-cut": ("size", b"\1"),
+    "features-cut": ("features", b""),
+    "flags-cut": ("flags", b"\1\1"),
+    "time-cut": ("modify_timestamp", b"\1"),
+    "parent-empty": ("parent", b""),
+    "parent-cut": ("parent", b"\2\1\x20\0\0\0\1"),
+    "parent-too-long": ("parent", b"\2\1\xff\xff\xff\xff" + bytes(8) + b"\xff" * 8),
+}
+"""Values of a header's omap, each of an image of this name."""
+
+
+def set_value(ioctx: rados.Ioctx, name: str, key: str, value: bytes) -> None:
+    """Set a value of an image's header, as `rados setomapval` does."""
+    with rbd.Image(ioctx, name, read_only=True) as image:
+        header = f"rbd_header.{image.id()}"
+    with rados.WriteOpCtx() as operation:
+        ioctx.set_omap(operation, (key,), (value,))
+        ioctx.operate_write_op(operation, header)
+
+
+def test_a_header_with_a_damaged_value_is_one_broken_image_and_spoils_no_listing(ceph: Ceph, mounts: Mounts) -> None:
+    pool = ceph.unique("damaged")
+    ceph.make_pool(pool)
+    try:
+        for name in ("fine", *DAMAGE):
+            ceph.make_image(name, b"content", pool=pool)
+        with ceph.ioctx(pool) as ioctx:
+            for name, (key, value) in DAMAGE.items():
+                set_value(ioctx, name, key, value)
+        folder = mounts("--pool", pool).path / pool
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        assert sizes == dict.fromkeys(DAMAGE, 1) | {"fine": 7}
+        assert {name: (folder / name).stat().st_size for name in sizes} == sizes
+        assert (folder / "fine").read_bytes() == b"content"
+    finally:
+        ceph.remove_pool(pool)
+
+
+def test_a_clone_that_names_its_own_snapshot_as_its_parent_is_listed_and_looks_full(ceph: Ceph, mounts: Mounts) -> None:
+    pool = ceph.unique("circle")
+    ceph.make_pool(pool)
+    try:
+        ceph.make_image("parent", b"x" * MIB, pool=pool)
+        ceph.make_image("fine", b"content", pool=pool)
+        with ceph.ioctx(pool) as ioctx:
+            with rbd.Image(ioctx, "parent") as image:
+                image.create_snap("s")
+                image.protect_snap("s")
+            rbd.RBD().clone(ioctx, "parent", "s", ioctx, "circle")
+            with rbd.Image(ioctx, "circle") as image:
+                image.create_snap("s")
+                image.resize(9 * MIB)
+                (snapshot,) = image.list_snaps()
+                image_id = image.id().encode()
+            spec = struct.pack("<qII", ioctx.get_pool_id(), 0, len(image_id)) + image_id
+            spec += struct.pack("<QBQ", snapshot["id"], 1, MIB)
+            set_value(ioctx, "circle", "parent", struct.pack("<BBI", 2, 1, len(spec)) + spec)
+        folder = mounts("--pool", pool).path / pool
+        sizes = {entry.name: (entry.stat().st_size, entry.stat().st_blocks * 512) for entry in os.scandir(folder)}
+        assert sizes["fine"][0] == 7
+        assert sizes["circle"] == (9 * MIB, 9 * MIB)
     finally:
         ceph.remove_pool(pool)
 

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -257,6 +259,54 @@ def test_what_others_do_right_after_a_close_is_seen_at_the_next_open(ceph: Ceph,
     ceph.make_image(name, content[::-1], MIB, features=features)
     wait_until(path.exists, SOON)
     assert path.read_bytes() == content[::-1]
+
+
+def test_opens_stats_and_reads_of_a_file_that_others_write_to_never_wait_for_each_other(
+    ceph: Ceph, mount: Mount
+) -> None:
+    # Each open() calls the kernel's attributes back, while it waits for the answer to that open().
+    name, content = ceph.unique("hammered"), random_bytes(2 * MIB)
+    ceph.make_image(name, content, MIB, features=ALL_FEATURES)
+    path, wrong, rounds = mount.image(name), list[str](), [0] * 6
+    stop = threading.Event()
+
+    def hammer(number: int) -> None:
+        while not stop.is_set() and not wrong:
+            with path.open("rb", buffering=0) as file:
+                sizes = {os.fstat(file.fileno()).st_size, path.stat().st_size}
+                data = os.pread(file.fileno(), 2 * MIB, 0)
+                if sizes != {2 * MIB} or data != content:
+                    wrong.append(f"{sizes}, {len(data)} bytes")
+            rounds[number] += 1
+
+    threads = [threading.Thread(target=hammer, args=(number,)) for number in range(len(rounds))]
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as writer:
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            writer.write(content[:MIB], 0)
+            time.sleep(0.05)  # it holds the lock, so that no open() is `unchanged`
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+    assert min(rounds) > 5
+
+
+def test_a_path_leads_to_the_image_that_has_the_name_now(ceph: Ceph, mount: Mount) -> None:
+    # The kernel goes by the inode that it has looked up, and is told ESTALE: then it looks the name up again.
+    name = ceph.unique("successor")
+    path = mount.image(name)
+    for content in (b"first" * 1000, b"second" * 1000, b"third" * 1000):
+        ceph.make_image(name, content)
+        if content.startswith(b"first"):
+            wait_until(path.exists, SOON)
+        assert path.read_bytes() == content
+        assert path.stat().st_size == len(content)
+        wait_until(lambda: is_removed(ceph, name), SOON)
+    with pytest.raises(FileNotFoundError):
+        path.open("rb")
 
 
 def is_removed(ceph: Ceph, name: str) -> bool:

@@ -1,10 +1,14 @@
 """Thin images stay thin, and not one byte of data is taken for a hole; on a real mount of a real cluster."""
 
+import itertools
 import json
 import os
 import random
+import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import rbd
 
 from rbdfs.ceph import header
 from tests.ceph import MIB, Ceph, Mount, random_bytes, wait_until
+from tests.test_mount_device import opened, read_direct, resident_bytes
 
 Mounts = Callable[..., Mount]
 
@@ -192,6 +197,87 @@ def test_the_blocks_of_a_clone_are_what_it_reads_its_parents_included(ceph: Ceph
         assert copy.read_bytes() == content, copy.name
 
 
+def test_a_clone_with_an_ancestor_whose_object_map_is_invalid_looks_full_and_copies_right(
+    ceph: Ceph, mount: Mount, tmp_path: Path
+) -> None:
+    name = ceph.unique("invalid")
+    names = [f"{name}-{generation}" for generation in range(3)]
+    content = bytes(8 * MIB) + random_bytes(4 * MIB) + bytes(8 * MIB)
+    with ceph.ioctx() as ioctx:
+        rbd.RBD().create(ioctx, names[0], len(content), old_format=False, features=ALL_FEATURES)
+        ceph.write_image(names[0], content[8 * MIB : 12 * MIB], 8 * MIB)
+        for parent, child in itertools.pairwise(names):
+            with rbd.Image(ioctx, parent) as image:
+                image.create_snap("s")
+                image.protect_snap("s")
+            rbd.RBD().clone(ioctx, parent, "s", ioctx, child, features=ALL_FEATURES)
+        paths = [mount.image(each) for each in (names[1], f"{names[1]}@s", names[2])]
+        assert [path.stat().st_blocks * 512 for path in paths] == [4 * MIB] * 3
+        with rbd.Image(ioctx, names[0], read_only=True) as image:
+            image_id = image.id()
+            (snapshot_id,) = [snapshot["id"] for snapshot in image.list_snaps()]
+        # The object map says that there is nothing at all, and the flags that it lies.
+        mask = (rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID).to_bytes(8, "little")
+        ioctx.execute(header.object_name(image_id), "rbd", "set_flags", mask + mask + snapshot_id.to_bytes(8, "little"))
+        empty = struct.pack("<IBBIQ", 14, 1, 1, 8, 5) + bytes(2) + bytes(4)
+        ioctx.write_full(f"rbd_object_map.{image_id}.{snapshot_id:016x}", empty)
+    for number, path in enumerate(paths):
+        wait_until(lambda path=path: path.stat().st_blocks * 512 == len(content))  # type: ignore[misc]
+        subprocess.run(["cp", path, tmp_path / str(number)], check=True)
+        assert (tmp_path / str(number)).read_bytes() == content
+
+
+def test_a_clone_with_stripes_looks_full_for_its_overlap_ends_in_several_objects(ceph: Ceph, mount: Mount) -> None:
+    striped, plain = ceph.unique("striped"), ceph.unique("plain")
+    stripes = {"order": 20, "stripe_unit": 65536, "stripe_count": 4, "features": ALL_FEATURES}
+    with ceph.ioctx() as ioctx:
+        for name, options in ((striped, stripes), (plain, {"order": 20, "features": ALL_FEATURES})):
+            rbd.RBD().create(ioctx, name, 8 * MIB, old_format=False, **options)
+            with rbd.Image(ioctx, name) as image:
+                image.write(b"x" * 65536, 65536)  # with stripes, object 1; else object 0
+                image.create_snap("s")
+                image.protect_snap("s")
+            rbd.RBD().clone(ioctx, name, "s", ioctx, f"{name}-child", **stripes)
+            with rbd.Image(ioctx, f"{name}-child") as image:
+                image.resize(128 * 1024)
+                image.resize(8 * MIB)
+                assert image.read(65536, 65536) == b"x" * 65536
+    for name in (striped, plain):
+        assert mount.image(f"{name}-child").stat().st_blocks * 512 == 8 * MIB
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-6], lambda _: b""], ids=["cut", "empty"])
+def test_an_image_whose_object_map_is_damaged_looks_full(
+    ceph: Ceph, mount: Mount, damage: Callable[[bytes], bytes]
+) -> None:
+    pool_mates = [ceph.unique(name) for name in ("fine", "damaged")]
+    for name in pool_mates:
+        ceph.make_image(name, b"x" * MIB, features=ALL_FEATURES)
+        ceph.resize_image(name, 40 * MIB)
+    with ceph.ioctx() as ioctx:
+        with rbd.Image(ioctx, pool_mates[1], read_only=True) as image:
+            map_object = f"rbd_object_map.{image.id()}"
+        ioctx.write_full(map_object, damage(ioctx.read(map_object)))
+    blocks = {entry.name: entry.stat().st_blocks * 512 for entry in os.scandir(mount.path / "rbd")}
+    assert [blocks[name] for name in pool_mates] == [4 * MIB, 40 * MIB]
+
+
+def test_a_clone_whose_object_map_is_shorter_than_it_looks_full_and_fails_no_listing(ceph: Ceph, mount: Mount) -> None:
+    parent, child = ceph.unique("parent"), ceph.unique("child")
+    ceph.make_image(parent, random_bytes(40 * MIB), features=ALL_FEATURES)
+    with ceph.ioctx() as ioctx:
+        with rbd.Image(ioctx, parent) as image:
+            image.create_snap("s")
+            image.protect_snap("s")
+        rbd.RBD().clone(ioctx, parent, "s", ioctx, child, features=ALL_FEATURES)
+        with rbd.Image(ioctx, child, read_only=True) as image:
+            map_object = f"rbd_object_map.{image.id()}"
+        ioctx.execute(map_object, "rbd", "object_map_resize", (2).to_bytes(8, "little") + b"\0")
+    blocks = {entry.name: entry.stat().st_blocks * 512 for entry in os.scandir(mount.path / "rbd")}
+    assert [blocks[name] for name in (parent, child)] == [40 * MIB] * 2
+    assert mount.image(child).stat().st_blocks * 512 == 40 * MIB
+
+
 def test_du_says_what_rbd_du_says(ceph: Ceph, mounts: Mounts) -> None:
     pool = ceph.unique("du")
     ceph.make_pool(pool)
@@ -208,6 +294,36 @@ def test_du_says_what_rbd_du_says(ceph: Ceph, mounts: Mounts) -> None:
         assert int(said.stdout.split()[0]) == rbd_du["total_used_size"]
     finally:
         ceph.remove_pool(pool)
+
+
+def test_an_image_of_64_tib_that_is_full_is_sought_and_stated_in_little_memory(ceph: Ceph, mount: Mount) -> None:
+    name, beside, objects = ceph.unique("full"), ceph.unique("beside"), 1 << 24
+    content = random_bytes(MIB)
+    ceph.make_image(beside, content)
+    with ceph.ioctx() as ioctx:
+        rbd.RBD().create(ioctx, name, objects * 4 * MIB, old_format=False, features=ALL_FEATURES)
+        with rbd.Image(ioctx, name) as image:
+            map_object = f"rbd_object_map.{image.id()}"
+        # As if all of it were written to: from the first object on, as many, exist.
+        ioctx.execute(map_object, "rbd", "object_map_update", struct.pack("<QQBB", 0, objects, 1, 0))
+    with opened(mount.image(beside), os.O_DIRECT) as other, opened(mount.image(name)) as file:
+        before = resident_bytes(mount)
+        assert mount.image(name).stat().st_blocks * 512 == objects * 4 * MIB
+        waits: list[float] = []
+        with ThreadPoolExecutor(1) as threads:
+            sought = threads.submit(os.lseek, file, 0, os.SEEK_HOLE)
+            while not sought.done():
+                began = time.monotonic()
+                offset = len(waits) % 200 * 4096
+                assert read_direct(other, offset) == content[offset : offset + 4096]
+                waits.append(time.monotonic() - began)
+        assert max(waits) < 1.0
+        assert sought.result() == objects * 4 * MIB
+        assert os.lseek(file, 5 << 40, os.SEEK_DATA) == 5 << 40
+        # Its map has 4 MiB, and is decoded and kept.
+        assert resident_bytes(mount) - before < 64 * MIB
+    with ceph.ioctx() as ioctx:
+        rbd.RBD().trash_move(ioctx, name)
 
 
 def test_images_of_many_tib_are_read_and_copied_in_the_time_of_what_they_hold(

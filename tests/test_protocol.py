@@ -17,11 +17,14 @@ from tests.fake_kernel import (
     FORGET_IN,
     GETXATTR_IN,
     IN_HEADER,
+    INIT_FLAGS,
     INIT_OUT,
     IOCTL_IN,
     LSEEK_IN,
     OUT_HEADER,
+    PARALLEL_DIROPS,
     READ_IN,
+    THREAD,
     Op,
     controlling,
     forgetting,
@@ -95,9 +98,9 @@ def test_the_structures_that_the_tests_write_have_the_sizes_of_fuse_h(name: str,
 def test_a_request_of_the_systems_fuse_h_is_understood() -> None:
     header = struct_bytes("fuse_in_header", len=80, opcode=15, unique=3, nodeid=4, uid=5, gid=6, pid=7)
     read = header + struct_bytes("fuse_read_in", fh=8, offset=9, size=10, read_flags=11, lock_owner=12, flags=13)
-    assert protocol.REQUEST.unpack_from(read) == (80, 15, 3, 4, 8, 9, 10)
+    assert protocol.REQUEST.unpack_from(read) == (80, 15, 3, 4, 7, 8, 9, 10, 13)
     lseek = header + struct_bytes("fuse_lseek_in", fh=8, offset=9, whence=3)
-    assert protocol.REQUEST.unpack_from(lseek) == (80, 15, 3, 4, 8, 9, 3)
+    assert protocol.REQUEST.unpack_from(lseek + bytes(16))[:8] == (80, 15, 3, 4, 7, 8, 9, 3)
     for opcode, body in (
         (protocol.GETXATTR, struct_bytes("fuse_getxattr_in", size=1000)),
         (protocol.LISTXATTR, struct_bytes("fuse_getxattr_in", size=1000)),
@@ -121,7 +124,7 @@ def test_a_read_is_unpacked_in_one_go(unique: int, handle: int, offset: int, cou
     body = READ_IN.pack(handle, offset, count, 1, 2, 3, 0)
     request = message(protocol.READ, unique, body, inode=5)
     assert len(request) == protocol.READ_BYTES
-    fields = len(request), protocol.READ, unique, 5, handle, offset, count
+    fields = len(request), protocol.READ, unique, 5, THREAD, handle, offset, count, 3
     assert protocol.REQUEST.unpack_from(request + rest) == fields
 
 
@@ -129,8 +132,8 @@ def test_a_read_is_unpacked_in_one_go(unique: int, handle: int, offset: int, cou
 def test_a_seek_is_unpacked_in_one_go(unique: int, handle: int, offset: int, whence: int) -> None:
     request = message(protocol.LSEEK, unique, LSEEK_IN.pack(handle, offset, whence, 0), inode=5)
     assert len(request) == protocol.LSEEK_BYTES
-    fields = len(request), protocol.LSEEK, unique, 5, handle, offset, whence
-    assert protocol.REQUEST.unpack_from(request) == fields
+    fields = len(request), protocol.LSEEK, unique, 5, THREAD, handle, offset, whence
+    assert protocol.REQUEST.unpack_from(request + bytes(16))[:8] == fields  # the device has a larger buffer
 
 
 @given(st.integers(0, protocol.ERRNO_MAX), U64)
@@ -212,7 +215,21 @@ LIMITS = protocol.Limits(max_background=64, congestion_threshold=48, max_write=4
 def test_the_limits_of_an_init_reply_are_amended_and_nothing_else() -> None:
     buffer = bytearray(OUT_HEADER.pack(80, 0, 2) + init_reply(12, 9, 1 << 20))
     protocol.set_limits(buffer, LIMITS)
-    assert buffer == OUT_HEADER.pack(80, 0, 2) + init_reply(64, 48, 4096)
+    assert buffer == OUT_HEADER.pack(80, 0, 2) + init_reply(64, 48, 4096, INIT_FLAGS | PARALLEL_DIROPS)
+
+
+@needs_fuse_h
+def test_parallel_lookups_have_the_flag_of_fuse_h() -> None:
+    assert re.search(r"#define FUSE_PARALLEL_DIROPS\s+\(1 << 18\)", FUSE_H.read_text())
+    assert c_structure("fuse_init_out").flags.offset == 12
+
+
+@needs_fuse_h
+def test_old_attributes_are_told_in_the_words_of_fuse_h() -> None:
+    assert re.search(rf"FUSE_NOTIFY_INVAL_INODE = {protocol.NOTIFY_INVAL_INODE},", FUSE_H.read_text())
+    header = struct_bytes("fuse_out_header", len=40, error=protocol.NOTIFY_INVAL_INODE)
+    body = struct_bytes("fuse_notify_inval_inode_out", ino=7, off=-1)
+    assert protocol.attributes_are_old(7) == header + body
 
 
 @given(st.binary(max_size=120))
@@ -222,4 +239,6 @@ def test_an_init_reply_of_any_length_keeps_it(reply: bytes) -> None:
     if len(reply) < 40:
         assert buffer == reply
     else:
-        assert buffer == reply[:32] + struct.pack("=HHI", *LIMITS) + reply[40:]
+        (flags,) = struct.unpack_from("=I", reply, 28)
+        amended = struct.pack("=IHHI", flags | PARALLEL_DIROPS, *LIMITS)
+        assert buffer == reply[:28] + amended + reply[40:]

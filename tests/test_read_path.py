@@ -26,16 +26,18 @@ import rbdfs
 from rbdfs.catalog import ImageRef, Namespace, Pool
 from rbdfs.ceph import librados, librbd
 from rbdfs.ceph.aio import Handover, LibrbdImage
-from rbdfs.ceph.handles import Handles
-from rbdfs.ceph.image import Asks, CephImage
+from rbdfs.ceph.handles import HandleCache
+from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.image_state import HeaderClient
 from rbdfs.ceph.read_op import ReadOperations, Reply, Request
+from rbdfs.ceph.watch import Watch
 from rbdfs.fuse.device import Device
 from rbdfs.image import open_image
 from rbdfs.image.cache import ObjectCache
 from rbdfs.image.open_images import OpenImages
-from rbdfs.image.throttle import Throttle
 from rbdfs.spec import ImageSpec
 from tests.fake_kernel import Kernel, Op, reading, serving, settled
+from tests.fake_recovery import lifetime
 
 KIB, MIB = 1 << 10, 1 << 20
 OBJECT_BYTES = 4 * MIB
@@ -77,7 +79,11 @@ class StubLibrbd:
         functions: dict[str, Callable[..., int]] = {f"get_{name}": partial(put, numbers[name]) for name in numbers}
         functions |= {name: getattr(self, name) for name in vars(StubLibrbd) if name.startswith(("aio", "set", "poll"))}
         functions |= {"open_by_id_read_only": self.open, "stat": self.stat, "close": lambda *_: 0}
-        functions |= {"aio_release": lambda *_: 0}
+        functions |= {"aio_release": lambda *_: 0, "invalidate_cache": lambda _: 0}
+        functions |= {
+            "watchers_list": lambda image, _, count: put(0, image, count),
+            "watchers_list_cleanup": lambda *_: 0,
+        }
         for name, function in functions.items():
             monkeypatch.setattr(librbd, f"_rbd_{name}", function)
 
@@ -134,17 +140,19 @@ def put(value: int, _handle: object, place: Any) -> int:
 class StubOperations:
     """What the image's header answers: there it is, with an exclusive lock that nobody holds."""
 
-    ANSWERS: ClassVar = {
-        b"get_features": struct.pack("<QQ", rbd.RBD_FEATURE_EXCLUSIVE_LOCK, 0),
-        b"parent_overlap_get": b"\0",
-        b"get_size": struct.pack("<BQ", 22, IMAGE_BYTES),
-        b"get_info": bytes(64),
-        b"dir_get_name": b"",
+    ANSWERS: ClassVar = {b"get_info": struct.pack("<BBII", 1, 1, 4, 0), b"dir_get_name": b""}
+    VALUES: ClassVar = {
+        b"order": b"\x16",
+        b"size": struct.pack("<Q", IMAGE_BYTES),
+        b"features": struct.pack("<Q", rbd.RBD_FEATURE_EXCLUSIVE_LOCK),
     }
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """See `ReadOperations.operate`."""
-        return [Reply(0, [(0, self.ANSWERS[call.method]) for call in each.calls], version=1) for each in requests]
+        return [
+            Reply(0, [(0, self.ANSWERS[call.method]) for call in each.calls], self.VALUES, version=1)
+            for each in requests
+        ]
 
     async def ask(self, request: Request) -> Reply:
         """See `ReadOperations.ask`."""
@@ -236,19 +244,35 @@ class Mount:
         return [await self.read(offset, 4 * KIB) for offset in offsets]
 
 
+async def no_map(_: ImageRef) -> None:
+    """What is known of an image without an object map."""
+
+
+class StubWatch:
+    """A watch that nobody takes away."""
+
+    @classmethod
+    async def take(cls, *_: object) -> "StubWatch":
+        """As `Watch.take`."""
+        return cls()
+
+    async def give_back(self) -> None:
+        """As `Watch.give_back`."""
+
+
 @asynccontextmanager
 async def mounted(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mount]:
     """A HEAD, open with the handle 1. The time stands still: no read is slow, and nobody revalidates."""
     stub = StubLibrbd(monkeypatch)
     monkeypatch.setattr(open_image, "monotonic", lambda: 0.0)
-    ioctx = cast(librados.Ioctx, SimpleNamespace(pointer=None))
-    asks = Asks(cast(ReadOperations, StubOperations()), ioctx)
-    handover, handles = Handover(), Handles(lambda image: LibrbdImage(ioctx, image))
-    watched = SimpleNamespace(watch=lambda *_: SimpleNamespace(close=lambda: None))
-    images = OpenImages(ObjectCache(256 * MIB, Throttle(64, 128 * MIB)))
+    ioctx = cast(librados.Ioctx, SimpleNamespace(pointer=None, lifetime=lifetime(), lane=None))
+    client = HeaderClient(cast(ReadOperations, StubOperations()), lambda _: ioctx, {1})
+    handover, handles = Handover(), HandleCache(lambda _: ioctx, LibrbdImage)
+    monkeypatch.setattr(Watch, "take", StubWatch.take)
+    images = OpenImages(ObjectCache(256 * MIB, 64, 128 * MIB))
 
     async def open_backend() -> CephImage:
-        return await CephImage.open(ImageSpec.parse("rbd/vm1"), IMAGE, watched, asks, handover, handles)
+        return await CephImage.open(ImageSpec.parse("rbd/vm1"), IMAGE, client, handover, handles, no_map)
 
     image, _ = await images.open(IMAGE, open_backend)
     async with serving({1: image}) as setup:

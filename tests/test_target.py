@@ -1,5 +1,6 @@
 """Where an export goes: zeros left out, and a file that has its name only when it is whole."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -137,6 +138,42 @@ def test_a_partial_file_of_something_else_is_not_continued(tmp_path: Path) -> No
     with pytest.raises(TargetError, match="no journal"):
         NewFile(other, len(content), LEAST, ORIGIN, resume=True)
     assert partial_path(other).read_text() == "a user's own file"
+
+
+def failing_fsync(descriptor: int) -> None:
+    """A disk that has failed."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_what_could_not_be_synced_is_not_kept_to_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = tmp_path / "copy", random_bytes(4 * MIB)
+    target = NewFile(path, len(content), LEAST, ORIGIN, resume=False)
+    for start in range(0, 4 * MIB, MIB):
+        target.write(start, content[start : start + MIB])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing_fsync)
+        with pytest.raises(TargetError, match="to the disk: Input/output error") as caught:
+            target.finish()
+    assert caught.value.errno == errno.EIO
+    assert not os.listdir(tmp_path)
+    assert target.abandon() == ""
+    again = NewFile(path, len(content), LEAST, ORIGIN, resume=True)
+    assert again.is_blank
+    assert not any(again.may_hold(start, MIB) for start in range(0, 4 * MIB, MIB))
+    again.abandon()
+    assert not os.listdir(tmp_path)
+
+
+def test_an_export_is_not_resumed_on_what_could_not_be_written_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = tmp_path / "copy", random_bytes(8 * MIB)
+    interrupted(path, content, range(0, 4 * MIB, MIB))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing_fsync)
+        with pytest.raises(TargetError, match="to the disk"):
+            NewFile(path, len(content), LEAST, ORIGIN, resume=True)
+    assert not os.listdir(tmp_path)
 
 
 def test_two_exports_do_not_write_to_one_file(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What may be in flight, and who goes first."""
 
-from rbdfs.image.throttle import Throttle
+from rbdfs.image.throttle import Throttle, Total
 
 
 class Work:
@@ -19,8 +19,10 @@ def test_what_fits_starts_at_once_and_the_rest_as_others_end() -> None:
     for name in "abc":
         work.submit(name)
     assert work.started == ["a", "b"]
+    assert work.throttle.queued == 1
     work.throttle.done(1)
     assert work.started == ["a", "b", "c"]
+    assert work.throttle.queued == 0
 
 
 def test_bytes_are_limited_as_well() -> None:
@@ -66,3 +68,29 @@ def test_what_is_withdrawn_is_never_started() -> None:
     assert not work.throttle.cancel("first")
     work.throttle.done(1)
     assert work.started == ["first"]
+
+
+def test_a_throttle_that_is_full_leaves_others_their_room() -> None:
+    total = Total(max_bytes=150)
+    dead, alive = Throttle(2, 100, total), Throttle(2, 100, total)
+    started: list[str] = []
+    for name in ("dead 1", "dead 2", "dead 3"):
+        dead.submit(name, 50, started.append, urgent=True)
+    for name in ("alive 1", "alive 2"):
+        alive.submit(name, 50, started.append, urgent=True)
+    assert started == ["dead 1", "dead 2", "alive 1"]
+    assert total.bytes == 150
+    alive.done(50)
+    assert started[3:] == ["alive 2"]
+
+
+def test_a_throttle_with_nothing_in_flight_starts_one_whatever_others_have() -> None:
+    total = Total(max_bytes=100)
+    dead, alive = Throttle(9, 100, total), Throttle(9, 100, total)
+    started: list[str] = []
+    dead.submit("dead", 100, started.append, urgent=True)
+    for name in ("alive 1", "alive 2"):
+        alive.submit(name, 50, started.append, urgent=True)
+    assert started == ["dead", "alive 1"]
+    alive.done(50)
+    assert started == ["dead", "alive 1", "alive 2"]

@@ -1,22 +1,28 @@
 """The table of what is measured: each row of the bar, and beside it what else can do the same work."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tests.benchmarks.crowd import CROWD, CROWD_COUNT, NAMESPACE_COUNT, SNAPPED, SNAPSHOT_COUNT, SPACES, VAST
 from tests.benchmarks.measures import (
     Check,
     Contender,
     Figure,
     Unit,
+    all_data_is_found,
     copy_is_thin,
     copy_is_whole,
+    cpu_seconds,
     cpu_seconds_per_gb,
+    crowd_is_whole,
     dd_read_all,
     du_is_right,
     fio_iops,
     fio_megabytes_per_second,
     hash_is_right,
     listing_is_whole,
+    longest_read_seconds,
     megabytes_per_second,
     nothing,
     peak_rss_megabytes,
@@ -24,6 +30,7 @@ from tests.benchmarks.measures import (
     rbd_du_is_right,
     seconds,
     seconds_with_mount,
+    snapshots_are_whole,
 )
 from tests.benchmarks.peers import (
     QEMU_STORAGE_DAEMON,
@@ -34,7 +41,7 @@ from tests.benchmarks.peers import (
     baseline_server,
     by_baseline,
 )
-from tests.benchmarks.site import EMPTY, FITS, MANY, QUARTERS, THIN
+from tests.benchmarks.site import BESIDE, CHANGED, EMPTY, FITS, MANY, QUARTERS, THIN
 
 CACHE_BYTES = 256 << 20
 """The default of `--cache-size`."""
@@ -158,6 +165,64 @@ RBD_BENCH = Contender(
 FIO_4M = Contender("fio rbd engine", f"{FIO_RBD} --rw=read --bs=4M --iodepth=10", fio_megabytes_per_second)
 START_MOUNT = replace(_through(RBDFS, "stat {file}", nothing, seconds_with_mount), images=(EMPTY,))
 THIN_CP = replace(_cp(RBDFS), figure=seconds, check=copy_is_thin, images=(THIN,), needs_holes=True)
+
+
+def _update(snapshot: str, before: str) -> Contender:
+    """Ours: what has changed since another snapshot goes into a copy of that."""
+    command = f"{RBDFS_COMMAND} export --no-progress --update {{pool}}/{{image}}@{{snapshot}} {{target}}"
+    return Contender(
+        "rbdfs export --update",
+        command.replace("{snapshot}", snapshot),
+        seconds,
+        copy_is_thin,
+        before=command.replace("{snapshot}", before),
+        images=(CHANGED,),
+    )
+
+
+def _merge(snapshot: str, before: str) -> Contender:
+    """What the rbd command has for it: a diff of the two, merged into one of all before."""
+    export, image = "rbd export-diff --no-progress", "{pool}/{image}@"
+    merge = "rbd merge-diff --no-progress {target} {target}.diff {target}.new"
+    return Contender(
+        "rbd export-diff and merge-diff",
+        f"bash -c '{export} --from-snap {before} {image}{snapshot} {{target}}.diff && {merge}'",
+        seconds,
+        before=f"{export} {image}{before} {{target}}",
+        images=(CHANGED,),
+    )
+
+
+UPDATE, UPDATE_SCATTERED = _update("s2", "s1"), _update("s3", "s2")
+
+OPENS = 50
+OPEN_EACH = f"bash -c 'for n in $(seq {OPENS}); do : <{{folder}}/many$n; done'"
+OPEN_AGAIN = f"bash -c 'for n in $(seq {OPENS}); do : <{{file}}; done'"
+INFO_EACH = f"bash -c 'for n in $(seq {OPENS}); do rbd info {{pool}}/many$n; done'"
+WORKS = f"{sys.executable} -m tests.benchmarks.works"
+LS_CROWD = "ls -l {folder}"
+LS_SNAPSHOTS = "ls -l {folder}/.snap/{image}"
+LS_SPACES = "ls -lR {folder}"
+SEEK = f"{WORKS} seek {{file}}"
+OPEN_AT_ONCE = 1000
+OPEN_ALL = f"{WORKS} open {{folder}} crowd {OPEN_AT_ONCE}"
+RBD_LS_SPACES = "bash -c 'for n in $(rbd namespace ls {pool} | tail -n +2); do rbd ls -l {pool}/$n; done'"
+OF_CROWD, OF_SNAPPED, OF_SPACES, OF_VAST = (CROWD,), (SNAPPED,), (SPACES,), (VAST,)
+READ_SECONDS = 0.05
+"""For so long at most a read waits while something large is looked at."""
+
+
+def _beside(case: str, work: str, command: str, images: Sequence[str]) -> Case:
+    """The longest read of another file meanwhile."""
+    ours = _through(RBDFS, f"{WORKS} beside {{folder}}/{BESIDE} {command}", nothing, longest_read_seconds)
+    return Case(
+        case,
+        f"the longest of other reads during {work}",
+        Unit.SECONDS,
+        replace(ours, images=images),
+        Limit(READ_SECONDS),
+        bar=1.0,
+    )
 
 
 def _fio_rbd_randread(depth: int) -> Contender:
@@ -307,6 +372,60 @@ CASES: Sequence[Case] = (
         aim=20,
     ),
     Case(
+        "open-first",
+        f"open and close of {OPENS} images, one after the other",
+        Unit.SECONDS,
+        replace(_through(RBDFS, OPEN_EACH, nothing, seconds), images=(MANY,)),
+        Contender("rbd info of each", INFO_EACH, seconds, nothing, images=(MANY,)),
+    ),
+    Case(
+        "open-second",
+        f"open and close of one image, {OPENS} times",
+        Unit.SECONDS,
+        _through(RBDFS, OPEN_AGAIN, nothing, seconds),
+        _through(RBD_FUSE, OPEN_AGAIN, nothing, seconds),
+    ),
+    Case(
+        "ls-crowd",
+        f"ls -l of a pool of {CROWD_COUNT:,} images",
+        Unit.SECONDS,
+        replace(_through(RBDFS, LS_CROWD, crowd_is_whole, seconds), images=OF_CROWD),
+        Contender("rbd ls, names alone", "rbd ls {pool}", seconds, crowd_is_whole, images=OF_CROWD),
+    ),
+    _beside("ls-crowd-beside", "that", LS_CROWD, OF_CROWD),
+    Case(
+        "ls-snapshots",
+        f"ls -l of {SNAPSHOT_COUNT:,} snapshots of an image",
+        Unit.SECONDS,
+        replace(_through(RBDFS, LS_SNAPSHOTS, snapshots_are_whole, seconds), images=OF_SNAPPED),
+        Contender("rbd snap ls", "rbd snap ls {pool}/{image}", seconds, snapshots_are_whole, images=OF_SNAPPED),
+    ),
+    _beside("ls-snapshots-beside", "that", LS_SNAPSHOTS, OF_SNAPPED),
+    Case(
+        "ls-namespaces",
+        f"ls -lR of a pool of {NAMESPACE_COUNT} namespaces",
+        Unit.SECONDS,
+        replace(_through(RBDFS, LS_SPACES, nothing, seconds), images=OF_SPACES),
+        Contender("rbd ls -l of each", RBD_LS_SPACES, seconds, nothing, images=OF_SPACES),
+    ),
+    _beside("ls-namespaces-beside", "that", LS_SPACES, OF_SPACES),
+    Case(
+        "open-at-once",
+        f"{OPEN_AT_ONCE:,} files open at once",
+        Unit.SECONDS,
+        replace(_through(RBDFS, OPEN_ALL, nothing, seconds), images=OF_CROWD),
+        Limit(OPEN_AT_ONCE * 0.02, "20 ms each"),
+    ),
+    _beside("open-at-once-beside", "that", OPEN_ALL, OF_CROWD),
+    Case(
+        "seek-vast",
+        "SEEK_DATA and SEEK_HOLE through 64 TiB, half of it data",
+        Unit.SECONDS,
+        replace(_through(RBDFS, SEEK, all_data_is_found, seconds), images=OF_VAST),
+        Contender("rbd du", "rbd du {pool}/{image}", seconds, nothing, images=OF_VAST),
+    ),
+    _beside("seek-vast-beside", "that", SEEK, OF_VAST),
+    Case(
         "export",
         "rbdfs export to a file on disk",
         Unit.RATE,
@@ -316,7 +435,16 @@ CASES: Sequence[Case] = (
         aim=1.3,
         context=(replace(QEMU_IMG, figure=megabytes_per_second),),
     ),
-    Case("export-stdout", "rbdfs export - >/dev/null", Unit.RATE, OUR_EXPORT, EXPORT, bar=0.8, aim=1.0),
+    Case(
+        "export-tmpfs",
+        "rbdfs export to a file on tmpfs",
+        Unit.RATE,
+        replace(OUR_EXPORT_TO_FILE, to_memory=True),
+        replace(EXPORT_TO_FILE, to_memory=True),
+        bar=0.95,
+        aim=1.0,
+    ),
+    Case("export-stdout", "rbdfs export - >/dev/null", Unit.RATE, OUR_EXPORT, EXPORT, bar=0.85, aim=1.0),
     Case(
         "export-thin",
         "rbdfs export of a 100 GiB image that holds 40 MiB",
@@ -325,6 +453,44 @@ CASES: Sequence[Case] = (
         replace(EXPORT_TO_FILE, figure=seconds, check=copy_is_thin, images=(THIN,)),
         bar=30,
         aim=60,
+    ),
+    Case(
+        "update",
+        "to bring a copy of a 100 GiB image up to date of which 1% changed",
+        Unit.SECONDS,
+        UPDATE,
+        _merge("s2", "s1"),
+        bar=1.0,
+        aim=1.5,
+    ),
+    Case(
+        "update-full",
+        "the same",
+        Unit.SECONDS,
+        UPDATE,
+        Contender(
+            "rbdfs export",
+            f"{OUR_EXPORT_COMMAND}@s2 {{target}}",
+            seconds,
+            copy_is_thin,
+            images=(CHANGED,),
+        ),
+        bar=20,
+    ),
+    Case(
+        "update-scattered",
+        "the same of which 10,000 pages of 4 KiB changed",
+        Unit.SECONDS,
+        UPDATE_SCATTERED,
+        _merge("s3", "s2"),
+        bar=1.0,
+    ),
+    Case(
+        "update-cpu",
+        "client CPU of that",
+        Unit.CPU_SECONDS,
+        replace(UPDATE_SCATTERED, figure=cpu_seconds),
+        replace(_merge("s3", "s2"), figure=cpu_seconds),
     ),
     Case(
         "export-rss",

@@ -12,10 +12,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from tests.benchmarks.crowd import CROWD_COUNT, OBJECT_BYTES, SNAPSHOT_COUNT, VAST_BYTES, VAST_RUN
 from tests.benchmarks.peers import PeerError, Served, Server, environment, served
 from tests.benchmarks.site import BIG, MANY_COUNT, Image, Site
 
@@ -36,6 +37,7 @@ class Unit(Enum):
     IOPS = "IOPS"
     SECONDS = "s"
     CPU = "CPU s/GB"
+    CPU_SECONDS = "CPU s"
     MEMORY = "MB"
 
     @property
@@ -93,6 +95,16 @@ def seconds_with_mount(run: Run) -> float:
 def cpu_seconds_per_gb(run: Run) -> float:
     """Of commands and serving process together."""
     return run.cpu_seconds / (run.image_bytes / 1e9)
+
+
+def cpu_seconds(run: Run) -> float:
+    """Of commands and serving process together."""
+    return run.cpu_seconds
+
+
+def longest_read_seconds(run: Run) -> float:
+    """As `works.beside` has it."""
+    return float(run.outputs[0].split()[-1])
 
 
 def peak_rss_megabytes(run: Run) -> float:
@@ -169,6 +181,27 @@ def listing_is_whole(run: Run) -> None:
         raise PeerError(f"lists {lines - 1} images of {MANY_COUNT}")
 
 
+def crowd_is_whole(run: Run) -> None:
+    """A line for each image, and perhaps one above them; and one image beside."""
+    lines = len(run.outputs[0].splitlines())
+    if lines not in (CROWD_COUNT + 1, CROWD_COUNT + 2):
+        raise PeerError(f"lists {lines} lines for {CROWD_COUNT} images")
+
+
+def snapshots_are_whole(run: Run) -> None:
+    """A line for each, and one above them."""
+    lines = len(run.outputs[0].splitlines())
+    if lines != SNAPSHOT_COUNT + 1:
+        raise PeerError(f"lists {lines - 1} snapshots of {SNAPSHOT_COUNT}")
+
+
+def all_data_is_found(run: Run) -> None:
+    """Of VAST."""
+    pieces = VAST_BYTES // OBJECT_BYTES // VAST_RUN // 2
+    if int(run.outputs[0]) != pieces:
+        raise PeerError(f"finds {run.outputs[0]} pieces of data, not {pieces}")
+
+
 def expect_pool_bytes(run: Run, used: int) -> None:
     """Compare with what was written."""
     if used != run.site.thin_pool_bytes:
@@ -196,6 +229,8 @@ class Contender:
     """Not tried if the mount says that the image is full: 100 GiB would be copied."""
     to_memory: bool = False
     """Whether {target} is on a tmpfs, and not on the disk of the cluster."""
+    before: str = ""
+    """A command like that one, which is run first, without counting."""
 
     @property
     def missing(self) -> str:
@@ -231,6 +266,9 @@ def measure(site: Site, contender: Contender) -> Sample:
         for _ in range(contender.rehearsals):
             _run(site, contender, conf, images, mount)
         with _room_for(site, images, to_memory=contender.to_memory) as targets:
+            if contender.before:
+                _run(site, replace(contender, command=contender.before), conf, images, mount, targets)
+                os.sync()
             run = _run(site, contender, conf, images, mount, targets)
             contender.check(run)
         return Sample(contender.figure(run), run.seconds, run.cpu_seconds, mount.peak_rss_bytes if mount else None)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 import rbd
 
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
+from tests.benchmarks import crowd
 from tests.ceph import Ceph
 
 MIB = 1 << 20
@@ -39,6 +41,21 @@ MANY = "many0"
 """The first of MANY_COUNT empty images, in a pool of their own."""
 MANY_POOL = "many"
 MANY_COUNT = 2000
+LARGE = {
+    crowd.CROWD: (crowd.CROWD_POOL, crowd.make_crowd),
+    crowd.SNAPPED: (crowd.SNAPPED_POOL, crowd.make_snapped),
+    crowd.VAST: (crowd.VAST_POOL, crowd.make_vast),
+    crowd.SPACES: (crowd.SPACES_POOL, crowd.make_spaces),
+}
+"""Each in a pool of its own, with BESIDE: random bytes to be read while the others are looked at."""
+BESIDE = "beside"
+BESIDE_BYTES = 16 * MIB
+
+CHANGED = "changed"
+"""100 GiB that hold four times as much as BIG, with three snapshots: to `s2` one object in a hundred of these was
+written anew, to `s3` CHANGED_PAGES pages anywhere in them."""
+CHANGED_PAGES = 10_000
+PAGE = 4096
 
 OBJECT_BYTES = 4 * MIB
 LATENCY = "ms_inject_delay_type = osd\nms_inject_delay_max = 0.02\nms_inject_delay_probability = 1\n"
@@ -113,6 +130,13 @@ def _make(ceph: Ceph, name: str, size: int) -> Iterator[Image]:
             create = partial(rbd.RBD().create, ioctx, size=10 * GIB, old_format=False)
             list(threads.map(create, (f"many{number}" for number in range(MANY_COUNT))))
         yield Image(MANY_POOL, MANY, 10 * GIB, 0, "")
+    elif name in LARGE:
+        pool, make = LARGE[name]
+        size = make(ceph)
+        ceph.make_image(BESIDE, os.urandom(BESIDE_BYTES), pool=pool)
+        yield Image(pool, name, size, 0, "")
+    elif name == CHANGED:
+        yield _make_changed(ceph, 4 * size)
     else:
         yield _make_full(ceph, name, {BIG: size, FITS: FITS_BYTES, EMPTY: 0}.get(name, size // len(QUARTERS)))
 
@@ -133,6 +157,25 @@ def _make_thin(ceph: Ceph, name: str, size: int, objects: int) -> Image:
     for number in range(objects):
         ceph.write_image(name, os.urandom(OBJECT_BYTES), number * (size // objects), pool=THIN_POOL)
     return Image(THIN_POOL, name, size, objects * OBJECT_BYTES, "")
+
+
+def _make_changed(ceph: Ceph, held: int) -> Image:
+    ceph.run("rbd", "create", "--size", f"{THIN_BYTES}B", f"rbd/{CHANGED}")
+    source = random.Random(1)
+    starts = [
+        number * OBJECT_BYTES for number in source.sample(range(THIN_BYTES // OBJECT_BYTES), held // OBJECT_BYTES)
+    ]
+    with ceph.ioctx() as ioctx, rbd.Image(ioctx, CHANGED) as image:
+        for start in starts:
+            image.write(os.urandom(OBJECT_BYTES), start)
+        image.create_snap("s1")
+        for start in starts[::100]:
+            image.write(os.urandom(OBJECT_BYTES), start)
+        image.create_snap("s2")
+        for _ in range(CHANGED_PAGES):
+            image.write(os.urandom(PAGE), source.choice(starts) + source.randrange(0, OBJECT_BYTES, PAGE))
+        image.create_snap("s3")
+    return Image("rbd", CHANGED, THIN_BYTES, held, "")
 
 
 def _keep_in_memory(ceph: Ceph, images: Iterable[Image]) -> None:

@@ -1,0 +1,30 @@
+"""A connection that nothing replaces, or that a test does."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+from rbdfs.ceph.lifetime import Lifetime
+
+
+class FakeRecovery:
+    """Notes what operations came to, and tries nothing."""
+
+    def __init__(self) -> None:
+        self.results: list[int] = []
+        self.attempts = 0
+
+    def note(self, result: int) -> None:
+        """See `Recoverer.note`."""
+        self.results.append(result)
+
+    def patience(self) -> AbstractContextManager[None]:
+        """See `Recoverer.patience`."""
+        return nullcontext()
+
+    async def attempt(self) -> None:
+        """See `Recoverer.attempt`."""
+        self.attempts += 1
+
+
+def lifetime() -> Lifetime:
+    """Of a connection that stays."""
+    return Lifetime(FakeRecovery())
