@@ -5,8 +5,8 @@
 #   export RESTIC_REPOSITORY=... RESTIC_PASSWORD_FILE=...      # as restic has it; once: restic init
 #   ./examples/backup-restic.sh /mnt/rbdfs/rbd/vm1 /mnt/rbdfs/rbd/vm2
 #
-#   restic snapshots --path /rbd/vm1                           # what there is of it
-#   restic dump --path /rbd/vm1 latest /rbd/vm1 >vm1.raw       # get it back
+#   restic snapshots --path /rbd:vm1                           # what there is of it
+#   restic dump --path /rbd:vm1 latest /rbd:vm1 >vm1.raw       # get it back
 #
 # The key of the rbd command (CEPH_ARGS, /etc/ceph) must be one that may take snapshots: osd 'profile rbd'.
 set -euo pipefail
@@ -36,7 +36,8 @@ for image in "$@"; do
     snapshot=backup-$(date +%Y%m%d-%H%M%S)-$$
     rbd snap create --no-progress "$name@$snapshot"
     spec=$name@$snapshot
-    restic backup --stdin --stdin-filename "/$name" <"$image@$snapshot" || failed+=("$name")
+    # Colons, because restic 0.18.0 takes no name with a folder in it ("unable to save snapshot: open /rbd").
+    restic backup --stdin --stdin-filename "${name//\//:}" <"$image@$snapshot" || failed+=("$name")
     drop_snapshot
 done
 ((${#failed[@]} == 0)) || die "not backed up: ${failed[*]}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# From a bare Debian 12 to disk images as files: installs rbdfs, starts a real single-node Ceph to try it on, imports a
+# From a bare Debian 12 or 13 to disk images as files: installs rbdfs, starts a real single-node Ceph to try it on, imports a
 # disk image, and copies it out of the mount with cp, dd and rsync. Prints each command before it runs it.
 #
 #   sudo ./examples/quickstart.sh                all that; called again, it goes on with what is there
