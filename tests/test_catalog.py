@@ -233,3 +233,23 @@ async def test_an_image_without_a_header_stays_in_a_listing_if_no_osd_says_wheth
 
         cluster._operations.operate = answer  # type: ignore[method-assign]
         assert await cluster.facts_of_all([image]) == {image: None}
+
+
+@in_trio
+async def test_a_pool_that_does_not_answer_has_one_line_in_the_log_however_often_it_is_listed(
+    ceph: Ceph, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with counting(ceph, "rbd") as (cluster, namespace, _):
+        is_silent = iter([True, True, False, True])
+        ask = cluster._operations.ask
+
+        async def ask_or_time_out(request: Request) -> Reply:
+            if request.ioctx.namespace == namespace and next(is_silent):
+                raise RbdfsError("no answer", errno.ETIMEDOUT)
+            return await ask(request)
+
+        cluster._operations.ask = ask_or_time_out  # type: ignore[method-assign]
+        for _ in range(4):
+            assert namespace.pool in await cluster.pools()
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == 2 * ["cannot tell whether pool rbd may be read: no answer"]

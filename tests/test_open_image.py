@@ -8,6 +8,7 @@ import trio
 import trio.testing
 
 from rbdfs.errors import ReadError, StaleError
+from rbdfs.image import open_images
 from rbdfs.image.cache import ObjectCache
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_images import OpenImages
@@ -330,6 +331,25 @@ async def test_a_snapshots_holes_are_asked_once_and_reads_in_them_ask_nothing() 
     assert backend.extents_asked == 1
     image, _ = await cluster.images.open("key", cluster.open_backend)
     assert bytes(await read(image, 4 * 4096, 2 * 4096)) == backend.content[4 * 4096 : 6 * 4096]
+
+
+@in_trio
+async def test_hole_maps_of_closed_snapshots_are_bounded_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(FakeBackend(bytearray(16 * 4096), object_size=4096, is_immutable=True))
+    cluster.backend.content[::8192] = bytes([1]) * 8
+    one_map = 16
+    monkeypatch.setattr(open_images, "KEPT_CLOSED_SEGMENTS", 2 * one_map)
+
+    async def open_and_close(key: str) -> int:
+        """How often holes were asked for."""
+        before = cluster.backend.extents_asked
+        image, _ = await cluster.images.open(key, cluster.open_backend)
+        assert await seek(image, 0, Kind.HOLE) == 4096
+        await cluster.images.close(image)
+        return cluster.backend.extents_asked - before
+
+    assert [await open_and_close(key) for key in ("a", "b", "b", "a")] == [1, 1, 0, 0]
+    assert [await open_and_close(key) for key in ("c", "a", "b")] == [1, 0, 1]
 
 
 @in_trio

@@ -3,6 +3,7 @@
 import errno
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar, TypeVarTuple
@@ -49,6 +50,8 @@ class Cluster:
         self._name = name
         self._handover = handover
         self._only_pools = only_pools
+        self._unclear_pools: AbstractSet[int] = frozenset()
+        """Those that did not answer at the last listing: the log has a line for each."""
         self._operations = connections.operations
         self._headers = HeaderClient(self._operations, self._read_ioctx, connections.client_ids)
         self._handles = HandleCache(self._read_ioctx, self._open_handle)
@@ -85,6 +88,7 @@ class Cluster:
         """See `Catalog.pools`."""
         pools = await self._connections.pools()
         readable: list[Pool] = []
+        unclear: dict[int, str] = {}
 
         async def ask(pool: Pool) -> None:
             try:
@@ -92,13 +96,16 @@ class Cluster:
             except RbdfsError as error:
                 # Left out, it would be gone for a program that mirrors the mount; listed, it is an error to enter.
                 may_read = error.errno != errno.ENOENT
-                log.warning("cannot tell whether pool %s may be read: %s", pool.name, error)
+                unclear[pool.id] = f"cannot tell whether pool {pool.name} may be read: {error}"
             if may_read:
                 readable.append(pool)
 
         async with trio.open_nursery() as nursery:
             for pool in pools:
                 nursery.start_soon(ask, pool)
+        for pool_id in unclear.keys() - self._unclear_pools:
+            log.warning("%s", unclear[pool_id])
+        self._unclear_pools = unclear.keys()
         return sorted(readable, key=lambda pool: pool.name)
 
     async def pool(self, name: str) -> Pool:

@@ -82,6 +82,11 @@ class HoleMap:
         self._starts = before + self._starts[first:last] + after
         self._kinds = [Kind.UNKNOWN] * len(before) + self._kinds[first:last] + [Kind.UNKNOWN] * len(after)
 
+    @property
+    def segments(self) -> int:
+        """How many there are: what the map takes of memory."""
+        return len(self._starts)
+
     def at(self, offset: int) -> Segment:
         """The segment that holds a byte of the image."""
         index = bisect_right(self._starts, offset) - 1

@@ -8,7 +8,7 @@ import trio
 from rbdfs.errors import StaleError
 from rbdfs.image.backend import ImageBackend, OpenBackend
 from rbdfs.image.cache import CachedImage, ObjectCache
-from rbdfs.image.holes import HoleMap
+from rbdfs.image.holes import SEGMENTS_AT_MOST, HoleMap
 from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.striper import Layout
 from rbdfs.tasks import Unhurried
@@ -16,8 +16,11 @@ from rbdfs.tasks import Unhurried
 log = logging.getLogger(__name__)
 
 KEPT_CLOSED = 1024
-"""Images whose cached bytes are remembered after their last close, for the next open() to find still valid. The bytes
-are under the cache's budget; this bounds the list."""
+"""Images whose cached bytes are kept after their last close, for the next open() to find still valid. The bytes are
+under the cache's budget; this bounds the list."""
+
+KEPT_CLOSED_SEGMENTS = SEGMENTS_AT_MOST
+"""Segments in the hole maps of closed images, all together: some 20 MB."""
 
 
 class _Entry:
@@ -30,6 +33,11 @@ class _Entry:
         self.cached: CachedImage | None = None
         self.holes: HoleMap | None = None
         self.write_version: int | None = None
+
+    @property
+    def segments(self) -> int:
+        """In its hole map."""
+        return 0 if self.holes is None else self.holes.segments
 
 
 class OpenImages:
@@ -135,8 +143,12 @@ class OpenImages:
             self._entries[key] = entry
         elif entry.cached is not None:
             self._cache.forget(entry.cached)
-        closed = [key for key, entry in self._entries.items() if not entry.users]
-        for oldest in closed[: max(0, len(closed) - KEPT_CLOSED)]:
-            cached = self._entries.pop(oldest).cached
-            if cached is not None:
-                self._cache.forget(cached)
+        closed = {key: entry for key, entry in self._entries.items() if not entry.users}
+        segments = sum(each.segments for each in closed.values())
+        for number, (oldest, dropped) in enumerate(closed.items()):
+            if len(closed) - number <= KEPT_CLOSED and segments <= KEPT_CLOSED_SEGMENTS:
+                break
+            del self._entries[oldest]
+            segments -= dropped.segments
+            if dropped.cached is not None:
+                self._cache.forget(dropped.cached)
