@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
-from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
-from tests.ceph import CHECKOUT, Ceph, Mount, running_ceph
-from tests.truth import MODES, ModeMounts
+from tests.limits import HUNG_SECONDS
 
-HUNG_SECONDS = 120.0
-"""No test uses its mount for longer."""
+if TYPE_CHECKING:
+    from tests.cluster import Ceph, Mount
 
+# What is needed of Ceph is imported where it is used: tests/unit runs where there is none.
 
 # Two runs at a time, beside two Cephs: how long an example takes says nothing.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -55,8 +55,11 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def ceph(request: pytest.FixtureRequest) -> Iterator[Ceph]:
+def ceph(request: pytest.FixtureRequest) -> "Iterator[Ceph]":
     """A real single-node Ceph, brought up once; with `--devcluster` one that was brought up already, and stays up."""
+    from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
+    from tests.cluster import Ceph, running_ceph
+
     if there := request.config.getoption("--devcluster"):
         ceph = Ceph(Devcluster(DevclusterOptions(there)))
         try:
@@ -69,11 +72,13 @@ def ceph(request: pytest.FixtureRequest) -> Iterator[Ceph]:
 
 
 @pytest.fixture
-def mounts(ceph: Ceph) -> Iterator[Callable[..., Mount]]:
+def mounts(ceph: "Ceph") -> "Iterator[Callable[..., Mount]]":
     """Mounts with any arguments; they end with the test."""
+    from tests.cluster import Mount
+
     with ExitStack() as stack:
 
-        def mount(*arguments: str, module: str = "rbdfs") -> Mount:
+        def mount(*arguments: str, module: str = "rbdfs") -> "Mount":
             folder = Path(tempfile.mkdtemp(prefix="rbdfs-mount-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             # For a mount of which something was not as expected; else it is unmounted by then.
@@ -92,35 +97,16 @@ def mounts(ceph: Ceph) -> Iterator[Callable[..., Mount]]:
 
 
 @pytest.fixture
-def mount(mounts: Callable[..., Mount]) -> Mount:
+def mount(mounts: "Callable[..., Mount]") -> "Mount":
     """A mount with the default options."""
     return mounts()
 
 
-@pytest.fixture(scope="module")
-def mode_mounts(ceph: Ceph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModeMounts]:
-    """Mounts in every mode, each made when it is first needed, and their logs may hold errors."""
-    mounts = ModeMounts(ceph, lambda: tmp_path_factory.mktemp("mode"))
-    try:
-        yield mounts
-    finally:
-        mounts.end()
-
-
-@pytest.fixture(params=MODES, ids=", ".join)
-def mode_mount(request: pytest.FixtureRequest, mode_mounts: ModeMounts) -> Iterator[Mount]:
-    """A mount in each mode, which outlives the test."""
-    mount = mode_mounts.get(request.param)
-    watchdog = threading.Timer(HUNG_SECONDS, os.kill, (mount.pid, signal.SIGKILL))
-    watchdog.start()
-    yield mount
-    watchdog.cancel()
-    assert mount.is_running, f"the mount has died; {mount.log}"
-
-
 @pytest.fixture
-def environment(ceph: Ceph, tmp_path: Path) -> dict[str, str]:
+def environment(ceph: "Ceph", tmp_path: Path) -> dict[str, str]:
     """As of a user who has rbdfs on PATH, and a key for the rbd command."""
+    from tests.cluster import CHECKOUT
+
     program = tmp_path / "bin" / "rbdfs"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nPYTHONPATH={CHECKOUT} exec {sys.executable} -m rbdfs "$@"\n')

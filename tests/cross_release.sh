@@ -78,7 +78,7 @@ for client in "${roots[@]}"; do
         in_root "$server" "$python" -m rbdfs devcluster up "$cluster" >/dev/null
         in_root "$server" "$python" -m tests.golden.images "$cluster"
         in_root "$client" "$python" -m pytest -o cache_dir=/tmp/.pytest_cache --devcluster "$cluster" \
-            tests/test_every_kind.py "$@" || failed=1
+            tests/ceph/test_every_kind.py "$@" || failed=1
         take_down
     done
 done

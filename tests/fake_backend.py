@@ -1,4 +1,4 @@
-"""An `ImageBackend` in memory. test_image_backend.py holds it to the same contract as the real one."""
+"""An `ImageBackend` in memory. ceph/test_image_backend.py holds it to the same contract as the real one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
-from rbdfs.ceph.lifetime import Lifetime
+from rbdfs.ceph.bindings.lifetime import Lifetime
 
 
 class FakeRecovery:

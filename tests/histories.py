@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import rados
 import rbd
 
-from rbdfs.ceph import header
-from tests.ceph import Ceph, random_bytes
+from rbdfs.ceph.metadata import header
+from tests.cluster import Ceph, random_bytes
 
 KIB = 1 << 10
 GRAIN = 512

@@ -14,7 +14,7 @@ import pytest
 import rados
 import rbd
 
-from tests.ceph import MIB, READ_ONLY_CAPS, Ceph, Mount
+from tests.cluster import MIB, READ_ONLY_CAPS, Ceph, Mount
 
 OBJECT = MIB // 4
 """Of the images here: small, so that a few MiB are many objects."""

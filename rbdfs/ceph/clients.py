@@ -4,7 +4,7 @@ import rados
 import rbd
 
 from rbdfs.catalog import ImageRef
-from rbdfs.ceph.aio import open_in_librbd
+from rbdfs.ceph.bindings.aio import open_in_librbd
 from rbdfs.ceph.errors import translated
 
 

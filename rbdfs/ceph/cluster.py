@@ -13,22 +13,24 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
-from rbdfs.ceph import allocation, clients, directory, header, librados, placement
-from rbdfs.ceph.aio import Handover, LibrbdImage, open_in_librbd
-from rbdfs.ceph.answers import Answers
-from rbdfs.ceph.attributes import AttributeReader
-from rbdfs.ceph.changes import Changes
-from rbdfs.ceph.connect import NEEDED_CAPS, ClusterOptions, why_no_osd_answers
-from rbdfs.ceph.connection import Connection, Connections
-from rbdfs.ceph.diff import ImageDiff, ever_held
+from rbdfs.ceph import allocation, clients, placement
+from rbdfs.ceph.bindings import librados
+from rbdfs.ceph.bindings.aio import Handover, LibrbdImage, open_in_librbd
+from rbdfs.ceph.bindings.answers import Answers
+from rbdfs.ceph.bindings.lifetime import by_the_newest
+from rbdfs.ceph.connection.connect import NEEDED_CAPS, ClusterOptions, why_no_osd_answers
+from rbdfs.ceph.connection.connections import Connection, Connections
 from rbdfs.ceph.errors import translated
-from rbdfs.ceph.facts import FactsReader
-from rbdfs.ceph.handles import HandleCache
-from rbdfs.ceph.image import CephImage
-from rbdfs.ceph.image_state import HeaderClient
-from rbdfs.ceph.lifetime import by_the_newest
-from rbdfs.ceph.pools import look_at, may_read
-from rbdfs.ceph.snapshots import SnapshotReader
+from rbdfs.ceph.image.ceph_image import CephImage
+from rbdfs.ceph.image.changes import Changes
+from rbdfs.ceph.image.diff import ImageDiff, ever_held
+from rbdfs.ceph.image.handle_cache import HandleCache
+from rbdfs.ceph.image.image_state import HeaderClient
+from rbdfs.ceph.metadata import header, rbd_directory
+from rbdfs.ceph.metadata.attributes import AttributeReader
+from rbdfs.ceph.metadata.pools import look_at, may_read
+from rbdfs.ceph.metadata.snapshots import SnapshotReader
+from rbdfs.ceph.metadata.stat import FactsReader
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
 from rbdfs.threads import in_thread
@@ -119,7 +121,7 @@ class Cluster:
 
     async def namespaces(self, pool: Pool) -> list[Namespace]:
         """See `Catalog.namespaces`."""
-        names = await directory.namespaces(self._operations, self._read_ioctx(Namespace(pool)))
+        names = await rbd_directory.namespaces(self._operations, self._read_ioctx(Namespace(pool)))
         return [Namespace(pool, name) for name in sorted(names)]
 
     async def namespace(self, pool: Pool, name: str) -> Namespace:
@@ -131,15 +133,15 @@ class Cluster:
 
     async def changed_ns(self, namespace: Namespace) -> int | None:
         """See `Catalog.changed_ns`."""
-        return await directory.changed_ns(self._operations, self._read_ioctx(namespace))
+        return await rbd_directory.changed_ns(self._operations, self._read_ioctx(namespace))
 
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """See `Catalog.image_names`."""
-        return await directory.image_names(self._operations, self._read_ioctx(namespace), namespace)
+        return await rbd_directory.image_names(self._operations, self._read_ioctx(namespace), namespace)
 
     async def image(self, namespace: Namespace, name: str) -> ImageRef:
         """See `Catalog.image`."""
-        return await directory.image(self._operations, self._read_ioctx(namespace), namespace, name)
+        return await rbd_directory.image(self._operations, self._read_ioctx(namespace), namespace, name)
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """See `Catalog.snapshots`."""

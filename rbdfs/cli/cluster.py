@@ -8,7 +8,7 @@ from rbdfs.cli.types import positive
 from rbdfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from rbdfs.ceph.connect import ClusterOptions
+    from rbdfs.ceph.connection.connect import ClusterOptions
 
 EPILOG = """\
 exit status: 0 success, 1 the command failed (one line on stderr says why), 2 wrong usage, 130 interrupted
@@ -50,7 +50,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 def cluster_options(options: argparse.Namespace) -> "ClusterOptions":
     """What they say. Raises UsageError."""
-    from rbdfs.ceph.connect import DEFAULT_NAME, ClusterOptions  # noqa: PLC0415  (needs rados)
+    from rbdfs.ceph.connection.connect import DEFAULT_NAME, ClusterOptions  # noqa: PLC0415  (needs rados)
 
     if options.name and "." not in options.name:
         raise UsageError(f"--name takes a type and an id, as client.{options.name}; for the id alone there is --id")

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import trio
 
 from rbdfs.catalog import ImageRef
+from rbdfs.ceph.bindings.librbd import Diff
 from rbdfs.ceph.cluster import Cluster
-from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.ceph.diff import ImageDiff
-from rbdfs.ceph.image import CephImage
-from rbdfs.ceph.librbd import Diff
-from rbdfs.commands.ending import SIGNALLED, exit_at_the_latest, until_signalled
-from rbdfs.commands.find import connect_for, find, tell, with_pool
-from rbdfs.commands.picture import Picture, legend
+from rbdfs.ceph.connection.connect import ClusterOptions
+from rbdfs.ceph.image.ceph_image import CephImage
+from rbdfs.ceph.image.diff import ImageDiff
+from rbdfs.commands.allocation_bar import Picture, legend
+from rbdfs.commands.resolve import connect_for, find, tell, with_pool
+from rbdfs.commands.shutdown import SIGNALLED, exit_at_the_latest, until_signalled
 from rbdfs.commands.units import in_units
 from rbdfs.errors import RbdfsError, TargetError, UsageError
 from rbdfs.image.striper import Layout, extent_to_file, file_to_extents

@@ -12,23 +12,23 @@ from pathlib import Path
 import trio
 
 from rbdfs.catalog import ImageRef
+from rbdfs.ceph.bindings.malloc import use_one_heap
 from rbdfs.ceph.cluster import Cluster
-from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.ceph.image import CephImage
-from rbdfs.ceph.memory import use_one_heap
-from rbdfs.commands.ending import SIGNALLED, exit_at_the_latest, until_signalled
-from rbdfs.commands.find import connect_for, find, tell, tell_of_writers, with_pool
+from rbdfs.ceph.connection.connect import ClusterOptions
+from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.commands.progress import load_bar, show_progress, summary
+from rbdfs.commands.resolve import connect_for, find, tell, tell_of_writers, with_pool
+from rbdfs.commands.shutdown import SIGNALLED, exit_at_the_latest, until_signalled
 from rbdfs.commands.update import Plan, copied_of, plan_update
 from rbdfs.errors import LabelError, RbdfsError, TargetError, UsageError
-from rbdfs.image.copy import Copy, CopyOptions
+from rbdfs.export.copy import Copy, CopyOptions
+from rbdfs.export.file import FileTarget, ForcedFile, NewFile, check_new
+from rbdfs.export.journal import origin_of
+from rbdfs.export.label import Copied
+from rbdfs.export.stream import Stream
+from rbdfs.export.update import UpdatedFile
 from rbdfs.image.striper import MIB
 from rbdfs.spec import ImageSpec
-from rbdfs.target.file import FileTarget, ForcedFile, NewFile, check_new
-from rbdfs.target.journal import origin_of
-from rbdfs.target.label import Copied
-from rbdfs.target.stream import Stream
-from rbdfs.target.update import UpdatedFile
 from rbdfs.threads import in_thread_of_its_own, in_thread_to_its_end
 
 STDOUT = 1

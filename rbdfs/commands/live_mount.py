@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from rbdfs.ceph.answers import Answers
+from rbdfs.ceph.bindings.answers import Answers
 from rbdfs.fuse.operations import Operations
 from rbdfs.fuse.requests import Requests
 from rbdfs.image.cache import ObjectCache

@@ -10,10 +10,10 @@ import trio
 
 from rbdfs.ceph.allocation import Allocation
 from rbdfs.ceph.cluster import Cluster
-from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.ceph.placement import NO_OSD
-from rbdfs.commands.find import connect_for, find, with_pool
-from rbdfs.commands.picture import legend, picture
+from rbdfs.commands.allocation_bar import legend, picture
+from rbdfs.commands.resolve import connect_for, find, with_pool
 from rbdfs.commands.units import in_units
 from rbdfs.errors import RbdfsError, UsageError
 from rbdfs.image.holes import HoleMap, Kind

@@ -16,12 +16,12 @@ from typing import NoReturn
 
 import trio
 
+from rbdfs.ceph.bindings.malloc import use_one_heap
 from rbdfs.ceph.cluster import Cluster
-from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.ceph.memory import use_one_heap
-from rbdfs.commands.ending import exit_at_the_latest
+from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.commands.live_mount import LiveMount
 from rbdfs.commands.logs import log_to
+from rbdfs.commands.shutdown import exit_at_the_latest
 from rbdfs.commands.status_server import listen_for_status, serve_status
 from rbdfs.commands.systemd import ServiceManager, keep_informed
 from rbdfs.errors import MountError, RbdfsError

@@ -6,7 +6,7 @@ import sys
 import trio
 
 from rbdfs.commands.units import in_units
-from rbdfs.image.copy import Copy
+from rbdfs.export.copy import Copy
 
 REDRAW_SECONDS = 0.2
 LINE_SECONDS = 30.0

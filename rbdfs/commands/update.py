@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import trio
 
 from rbdfs.catalog import ImageRef
-from rbdfs.ceph.changes import Changes
+from rbdfs.ceph.bindings.encoding import NANOSECONDS
 from rbdfs.ceph.cluster import Cluster
-from rbdfs.ceph.encoding import NANOSECONDS
-from rbdfs.ceph.image import CephImage
+from rbdfs.ceph.image.ceph_image import CephImage
+from rbdfs.ceph.image.changes import Changes
 from rbdfs.errors import LabelError
+from rbdfs.export.journal import origin_of
+from rbdfs.export.label import Copied
+from rbdfs.export.update import UpdatedFile
 from rbdfs.spec import ImageSpec
-from rbdfs.target.journal import origin_of
-from rbdfs.target.label import Copied
-from rbdfs.target.update import UpdatedFile
 from rbdfs.threads import in_thread_to_its_end
 
 HINT = "--full compares all of it with the image, and writes what differs"

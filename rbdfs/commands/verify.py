@@ -9,20 +9,20 @@ from pathlib import Path
 import trio
 
 from rbdfs.catalog import ImageRef
+from rbdfs.ceph.bindings.malloc import use_one_heap
 from rbdfs.ceph.cluster import Cluster
-from rbdfs.ceph.connect import ClusterOptions
-from rbdfs.ceph.image import CephImage
-from rbdfs.ceph.memory import use_one_heap
-from rbdfs.commands.ending import SIGNALLED, exit_at_the_latest, until_signalled
-from rbdfs.commands.find import connect_for, find, tell, tell_of_writers, with_pool
+from rbdfs.ceph.connection.connect import ClusterOptions
+from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.commands.progress import load_bar, show_progress
+from rbdfs.commands.resolve import connect_for, find, tell, tell_of_writers, with_pool
+from rbdfs.commands.shutdown import SIGNALLED, exit_at_the_latest, until_signalled
 from rbdfs.commands.units import in_units
 from rbdfs.errors import LabelError, RbdfsError
-from rbdfs.image.copy import Copy, CopyOptions
+from rbdfs.export.copy import Copy, CopyOptions
+from rbdfs.export.journal import origin_of
+from rbdfs.export.label import Copied, Label
+from rbdfs.export.verify import ComparedFile
 from rbdfs.spec import ImageSpec
-from rbdfs.target.journal import origin_of
-from rbdfs.target.label import Copied, Label
-from rbdfs.target.verify import ComparedFile
 from rbdfs.threads import in_thread_to_its_end
 
 SAME, DIFFERS, FAILED = 0, 1, 1

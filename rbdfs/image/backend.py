@@ -1,4 +1,4 @@
-"""What an open image needs of the cluster, and no more. `ceph/image.py` has the real one, the tests a fake."""
+"""What an open image needs of the cluster, and no more. ceph/image/ceph_image.py has the real one, tests a fake."""
 
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Protocol

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import rados
 import rbd
 
-from rbdfs.ceph import header
-from rbdfs.ceph.directory import DIRECTORY
-from rbdfs.ceph.encoding import encode_string
-from tests.ceph import Ceph
+from rbdfs.ceph.bindings.encoding import encode_string
+from rbdfs.ceph.metadata import header
+from rbdfs.ceph.metadata.rbd_directory import DIRECTORY
+from tests.cluster import Ceph
 
 CROWD_POOL = "crowd"
 CROWD = "crowd0"

@@ -17,7 +17,7 @@ import rbd
 
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from tests.benchmarks import crowd
-from tests.ceph import Ceph
+from tests.cluster import Ceph
 
 MIB = 1 << 20
 GIB = 1 << 30

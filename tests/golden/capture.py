@@ -13,10 +13,10 @@ from typing import Any
 import trio
 
 from rbdfs.ceph.cluster import Cluster
-from rbdfs.ceph.connect import ClusterOptions
+from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from rbdfs.errors import RbdfsError
-from tests.ceph import Ceph
+from tests.cluster import Ceph
 from tests.golden.images import HELD, POOLS, make_images, opened, said
 from tests.golden.questions import Questions
 from tests.golden.replies import FOLDER, Recorder, places, save

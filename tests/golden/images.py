@@ -16,7 +16,7 @@ import rados
 import rbd
 
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
-from tests.ceph import MIB, Ceph
+from tests.cluster import MIB, Ceph
 
 POOL, PARENTS, DATA = "golden", "golden-parents", "golden-data"
 POOLS = (POOL, PARENTS)

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import rados
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph import directory, header, librados
-from rbdfs.ceph.attributes import AttributeReader
-from rbdfs.ceph.facts import FactsReader
-from rbdfs.ceph.image_state import HeaderClient
-from rbdfs.ceph.read_op import ReadOperations
+from rbdfs.ceph.bindings import librados
+from rbdfs.ceph.bindings.read_op import ReadOperations
+from rbdfs.ceph.image.image_state import HeaderClient
+from rbdfs.ceph.metadata import header, rbd_directory
+from rbdfs.ceph.metadata.attributes import AttributeReader
+from rbdfs.ceph.metadata.stat import FactsReader
 from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
 from tests.golden.replies import Place
@@ -52,7 +53,7 @@ class Questions:
         for pool_id, name in self.pools.items():
             pool = Pool(pool_id, name)
             default = Namespace(pool)
-            namespaces = partial(directory.namespaces, self.operations, self.ioctx_of(default))
+            namespaces = partial(rbd_directory.namespaces, self.operations, self.ioctx_of(default))
             found.append(Question(name, "namespaces", namespaces))
             for namespace in (default, *(Namespace(pool, each) for each in await namespaces())):
                 found += await self._of_namespace(namespace)
@@ -60,14 +61,14 @@ class Questions:
 
     async def _of_namespace(self, namespace: Namespace) -> list[Question]:
         arguments = self.operations, self.ioctx_of(namespace)
-        names = partial(directory.image_names, *arguments, namespace)
+        names = partial(rbd_directory.image_names, *arguments, namespace)
         found = [
             Question(str(namespace), "image_names", names),
-            Question(str(namespace), "changed_ns", partial(directory.changed_ns, *arguments)),
+            Question(str(namespace), "changed_ns", partial(rbd_directory.changed_ns, *arguments)),
         ]
         for name, image in (await names()).items():
             spec = ImageSpec(namespace.pool.name, name, namespace.name)
-            found.append(Question(str(spec), "image", partial(directory.image, *arguments, namespace, name)))
+            found.append(Question(str(spec), "image", partial(rbd_directory.image, *arguments, namespace, name)))
             found += await self._of_image(spec, image)
             snapshots = partial(_snapshots, *arguments, image)
             found.append(Question(str(spec), "snapshots", snapshots))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from rbdfs.catalog import Namespace
-from rbdfs.ceph import librados
-from rbdfs.ceph.read_op import Call, ReadOperations, Reply, Request
+from rbdfs.ceph.bindings import librados
+from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
 
 FOLDER: Final = Path(__file__).parent

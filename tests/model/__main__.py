@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from tests.ceph import running_ceph
+from tests.cluster import running_ceph
 from tests.model.run import run_for
 from tests.model.world import world
 from tests.truth import ALL_MODES

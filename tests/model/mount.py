@@ -2,7 +2,7 @@
 
 import sys
 
-from rbdfs.ceph import revalidate
+from rbdfs.ceph.image import revalidate
 from rbdfs.cli import main
 
 revalidate.NEW_WRITER_SECONDS = 0.5

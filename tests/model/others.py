@@ -7,7 +7,7 @@ import rbd
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition
 
-from rbdfs.ceph import header
+from rbdfs.ceph.metadata import header
 from tests.model.example import SIZE_MAX, Example, picks, places, sizes, step
 from tests.model.reference import Before, Image, Place, Readable, Spec, differing
 from tests.model.world import DATA_POOL, PLACES, retried

@@ -13,7 +13,7 @@ from pathlib import Path
 import rados
 import rbd
 
-from tests.ceph import Ceph, wait_until
+from tests.cluster import Ceph, wait_until
 from tests.model.reference import Place
 from tests.truth import Mode, ModeMounts
 

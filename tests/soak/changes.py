@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import rados
 import rbd
 
-from tests.ceph import Ceph
+from tests.cluster import Ceph
 from tests.soak.blocks import BLOCK_BYTES, UNWRITTEN, content, wrong_blocks
 from tests.soak.ledger import WrongError
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import ClassVar
 
-from tests.ceph import CHECKOUT
+from tests.cluster import CHECKOUT
 from tests.soak.blocks import BLOCK_BYTES, garbage, wrong_blocks
 from tests.soak.changes import POOL as CHANGING_POOL
 from tests.soak.changes import View

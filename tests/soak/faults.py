@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rbdfs.devcluster.state import load
-from tests.ceph import Ceph
+from tests.cluster import Ceph
 from tests.soak.ledger import Ledger
 from tests.soak.probe import Probe
 from tests.soak.site import OSDS

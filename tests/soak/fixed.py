@@ -11,7 +11,7 @@ from pathlib import Path
 import rbd
 
 from rbdfs.devcluster.cluster import EC_POOL
-from tests.ceph import MIB, Ceph
+from tests.cluster import MIB, Ceph
 from tests.soak.ledger import WrongError
 from tests.truth import describe
 

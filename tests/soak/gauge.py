@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ceph import MIB
+from tests.cluster import MIB
 
 IDLE_SECONDS = 45.0
 """Idle threads end within 10 s, and kept images are closed within 5 s."""

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tests.ceph import MIB
+from tests.cluster import MIB
 
 ERRNO_NAMES = {os.strerror(number).lower(): name for number, name in errno.errorcode.items()}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import rados
 
-from tests.ceph import SOON_BACK, Ceph
+from tests.cluster import SOON_BACK, Ceph
 
 EACH_SECONDS = 0.25
 SLOW_SECONDS = 1.0

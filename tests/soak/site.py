@@ -11,7 +11,7 @@ from pathlib import Path
 
 import rbd
 
-from tests.ceph import Ceph, Mount, running_ceph
+from tests.cluster import Ceph, Mount, running_ceph
 from tests.soak.changes import Changes
 from tests.soak.fixed import FULL, POOL, Fixed, files_of, make_all
 from tests.soak.probe import Probe

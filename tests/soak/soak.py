@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.ceph import MIB
+from tests.cluster import MIB
 from tests.soak.descriptors import Changing, LongOpen, Mmap, Pressure, Random
 from tests.soak.faults import SCHEDULE, Fault, Faults
 from tests.soak.fixed import POOL, compare

@@ -1,0 +1,163 @@
+"""A watch on an object by librados's completions: no thread waits for an OSD.
+
+Ceph's own binding blocks a thread for each call. A watch that it could not give back in time it gives back once more
+when the object is freed (`rados.Watch.__dealloc__`, 16.2), by a cookie that librados has freed by then: mounts died of
+it when the OSD came back.
+"""
+
+import itertools
+from collections.abc import Callable
+from ctypes import CFUNCTYPE, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import partial
+from typing import Final
+
+import trio
+
+from rbdfs.ceph.bindings import librados
+from rbdfs.ceph.bindings.aio import Answer, Handover
+from rbdfs.errors import RbdfsError
+
+_CompleteCallback = CFUNCTYPE(None, c_void_p, c_void_p)
+_NotifyCallback = CFUNCTYPE(None, c_void_p, c_uint64, c_uint64, c_uint64, c_void_p, c_size_t)
+_ErrorCallback = CFUNCTYPE(None, c_void_p, c_uint64, c_int)
+
+_bind = partial(librados.bind, librados.load("librados.so.2"))
+
+_create_completion = _bind("rados_aio_create_completion2", c_int, c_void_p, _CompleteCallback, c_void_p)
+_return_value = _bind("rados_aio_get_return_value", c_int, c_void_p)
+_release = _bind("rados_aio_release", None, c_void_p)
+_aio_watch = _bind(
+    "rados_aio_watch2",
+    c_int,
+    *(c_void_p, c_char_p, c_void_p, c_void_p, _NotifyCallback, _ErrorCallback, c_uint32, c_void_p),
+)
+_aio_unwatch = _bind("rados_aio_unwatch", c_int, c_void_p, c_uint64, c_void_p)
+_notify_ack = _bind("rados_notify_ack", c_int, c_void_p, c_char_p, c_uint64, c_uint64, c_char_p, c_int)
+
+DEFAULT_TIMEOUT: Final = 0
+"""Until an OSD drops the watch of a client that is gone: `osd_client_watch_timeout`, 30 s."""
+
+
+class Watch:
+    """A watch on an object. All in the trio thread."""
+
+    def __init__(
+        self, ioctx: librados.Ioctx, object_name: str, handover: Handover, on_lost: Callable[[], None]
+    ) -> None:
+        """`take` does this."""
+        self._ioctx = ioctx
+        self._name = object_name.encode(errors="surrogateescape")
+        self._handover = handover
+        self._on_lost = on_lost
+        self._number = next(_numbers)
+        self._cookie = c_uint64()
+
+    @classmethod
+    async def take(
+        cls, ioctx: librados.Ioctx, object_name: str, handover: Handover, on_lost: Callable[[], None]
+    ) -> "Watch":
+        """Watch an object. `on_lost` is called in the trio thread when the watch is lost, perhaps more than once.
+
+        A cancel gives the watch back as soon as it is had. Raises RbdfsError.
+        """
+        watch = cls(ioctx, object_name, handover, on_lost)
+        ioctx.lifetime.hold()  # until it is given back
+        _watches[watch._number] = watch
+        answer = watch._send(
+            lambda completion: _aio_watch(
+                ioctx.pointer,
+                watch._name,
+                completion,
+                byref(watch._cookie),
+                _on_notify,
+                _on_error,
+                DEFAULT_TIMEOUT,
+                watch._number,
+            )
+        )
+        try:
+            await watch._taken(answer)
+        except trio.Cancelled:
+            trio.lowlevel.spawn_system_task(watch._give_back_when_taken, answer)
+            raise
+        return watch
+
+    async def give_back(self) -> None:
+        """End it. A cancel ends the waiting alone. Raises RbdfsError; the watch is gone then, too."""
+        del _watches[self._number]
+        unwatch = self._send(lambda completion: _aio_unwatch(self._ioctx.pointer, self._cookie, completion))
+        answer = Answer[int]()
+        trio.lowlevel.spawn_system_task(self._let_go, unwatch, answer)
+        librados.check(await answer.get(), f"cannot end the watch on {self._name.decode(errors='replace')}")
+
+    async def _let_go(self, unwatch: Answer[int], answer: Answer[int]) -> None:
+        """The connection is not used any more, whether or not somebody still waits for the end of the watch."""
+        result = await unwatch.get()
+        self._ioctx.lifetime.release()
+        answer.give(result)
+
+    async def _taken(self, answer: Answer[int]) -> None:
+        result = await answer.get()
+        if result < 0:
+            del _watches[self._number]
+            self._ioctx.lifetime.note(result)
+            self._ioctx.lifetime.release()
+        librados.check(result, f"cannot watch {self._name.decode(errors='replace')}")
+
+    async def _give_back_when_taken(self, answer: Answer[int]) -> None:
+        try:
+            await self._taken(answer)
+            await self.give_back()
+        except RbdfsError:
+            pass  # there is none, or the cluster ends it
+
+    def _send(self, start: Callable[[c_void_p], int]) -> Answer[int]:
+        """Start an operation with a completion; its result is the answer."""
+        answer, number, completion = Answer[int](), next(_numbers), c_void_p()
+        _under_way[number] = partial(self._complete, answer)
+        _create_completion(number, _on_complete, byref(completion))
+        result = start(completion)
+        if result < 0:
+            _release(completion)
+            _under_way.pop(number)
+            answer.give(result)
+        return answer
+
+    def _complete(self, answer: Answer[int], result: int) -> None:
+        """In a thread of librados."""
+        self._handover.post(partial(answer.give, result))
+
+    def acknowledge(self, notification: int, cookie: int) -> None:
+        """In a thread of librados: say at once that it was heard."""
+        _notify_ack(self._ioctx.pointer, self._name, notification, cookie, None, 0)
+
+    def lose(self) -> None:
+        """In a thread of librados."""
+        self._handover.post(self._on_lost)
+
+
+# What librados's threads are given is a number: one that stands for nothing any more does no harm.
+_numbers = itertools.count(1)
+_watches: dict[int, Watch] = {}
+_under_way: dict[int, Callable[[int], None]] = {}
+
+
+def _completed(completion: int, number: int) -> None:
+    result = int(_return_value(completion))
+    _release(completion)
+    _under_way.pop(number)(result)
+
+
+def _notified(number: int, notification: int, cookie: int, _notifier: int, _data: int, _length: int) -> None:
+    if watch := _watches.get(number):
+        watch.acknowledge(notification, cookie)
+
+
+def _lost(number: int, _cookie: int, _error: int) -> None:
+    if watch := _watches.get(number):
+        watch.lose()
+
+
+_on_complete = _CompleteCallback(_completed)
+_on_notify = _NotifyCallback(_notified)
+_on_error = _ErrorCallback(_lost)

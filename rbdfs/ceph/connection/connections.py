@@ -1,0 +1,228 @@
+"""The connection to a cluster, which is two: Ceph's own binding, and one of ours for what that lacks.
+
+When it is of no use any more (recovery.py), a new one takes its place, and the old one is closed once nothing uses it:
+librados aborts the process if images are open in what is shut down.
+"""
+
+import errno
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from time import monotonic
+from typing import Final, TypeVar
+
+import rados
+import trio
+
+from rbdfs.catalog import Namespace, Pool
+from rbdfs.ceph.bindings import librados
+from rbdfs.ceph.bindings.aio import Handover
+from rbdfs.ceph.bindings.lifetime import Lifetime, by_the_newest
+from rbdfs.ceph.bindings.read_op import ReadOperations
+from rbdfs.ceph.connection.connect import ClusterOptions, connect, connect_for_reads
+from rbdfs.ceph.connection.probe import PROBE_SECONDS, Probe
+from rbdfs.ceph.connection.recovery import Recovery
+from rbdfs.ceph.errors import translated
+from rbdfs.ceph.metadata.pools import look_at, may_read, rbd_pools
+from rbdfs.errors import ConnectError, RbdfsError
+from rbdfs.tasks import Unhurried
+from rbdfs.threads import forget_lanes, in_thread, in_thread_to_its_end, wait_for_abandoned
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ABANDONED_SECONDS = 10.0
+"""How long a disconnect waits for what a cancelled request has left behind in a thread: it uses the connection."""
+
+MONITORS_LANE: Final = -1
+MONITORS_SILENT: Final = (errno.ETIMEDOUT, errno.EACCES)
+"""How a question to them ends that they have not answered."""
+
+LANE: Final = "recovery"
+"""Of the threads that look after the connection: those that hang take no other's place."""
+
+
+class Connection:
+    """Both connections, and what was opened by them. In the trio thread, but for `close`."""
+
+    def __init__(self, client: rados.Rados, reads: librados.Cluster, lifetime: Lifetime) -> None:
+        """`open` does this."""
+        self.rados = client
+        self.reads = reads
+        self.lifetime = lifetime
+        self._ioctxs: dict[Namespace, rados.Ioctx] = {}
+        self._read_ioctxs: dict[Namespace, librados.Ioctx] = {}
+
+    @classmethod
+    async def open(cls, options: ClusterOptions, lifetime: Lifetime) -> "Connection":
+        """Connect, by configuration and keyring as they are now. Raises ConnectError."""
+        client = await in_thread(connect, options, lane=LANE)
+        try:
+            reads = await in_thread_to_its_end(partial(connect_for_reads, client, options, lifetime), lane=LANE)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await in_thread_to_its_end(client.shutdown, lane=LANE)
+            raise
+        return cls(client, reads, lifetime)
+
+    def ioctx(self, namespace: Namespace) -> rados.Ioctx:
+        """For Ceph's own bindings. Raises RbdfsError."""
+        if namespace not in self._ioctxs:
+            self._ioctxs[namespace] = self._open_ioctx(namespace.pool.id, namespace.name)
+        return self._ioctxs[namespace]
+
+    def _open_ioctx(self, pool_id: int, namespace: str) -> rados.Ioctx:
+        with translated(f"open pool {pool_id}"):
+            ioctx = self.rados.open_ioctx2(pool_id)
+            try:
+                ioctx.set_namespace(namespace)
+            except UnicodeEncodeError:  # Ceph's binding takes a str, and encodes it strictly
+                ioctx.close()
+                raise RbdfsError(
+                    f"images of namespace {namespace!r} cannot be opened: its name is not UTF-8", errno.EILSEQ
+                ) from None
+            return ioctx
+
+    def read_ioctx(self, namespace: Namespace) -> librados.Ioctx:
+        """For what Ceph's own bindings lack: image data by events, read operations, and watches. Raises RbdfsError."""
+        if namespace not in self._read_ioctxs:
+            self._read_ioctxs[namespace] = self.reads.open_ioctx(namespace)
+        return self._read_ioctxs[namespace]
+
+    def close(self) -> None:
+        """Disconnect. Blocks. Nothing may use the connection any more."""
+        self.reads.flush_watches()
+        for read_ioctx in self._read_ioctxs.values():
+            read_ioctx.destroy()
+        self.reads.shutdown()
+        for ioctx in self._ioctxs.values():
+            ioctx.close()
+        self.rados.shutdown()
+
+
+class Connections:
+    """The connection of now, and those before it that are still used. All in the trio thread."""
+
+    def __init__(self, options: ClusterOptions, only_pools: frozenset[str], handover: Handover) -> None:
+        """`open` must be called next."""
+        self._options = options
+        self._only_pools = only_pools
+        self._handover = handover
+        self.current: Connection
+        self._probe: Probe
+        self.client_ids: set[int] = set()
+        """By which others see our watches, also those of connections that were replaced. No id is used again."""
+        self.operations = ReadOperations(handover, self.read_ioctx)
+        self._recovery = Recovery(handover.answers, self._works, self._connect_anew)
+        self._replaced: set[Connection] = set()
+        self._closing = Unhurried()
+
+    async def open(self) -> None:
+        """Connect. Raises ConnectError."""
+        self._take(await Connection.open(self._options, Lifetime(self._recovery)))
+
+    def recover(self) -> None:
+        """From now on a new connection takes the place of one that is of no use any more."""
+        self._recovery.is_on = True
+
+    def _take(self, connection: Connection) -> None:
+        self.client_ids.add(connection.reads.client_id)
+        self.current = connection
+        self._probe = self._probe_of(connection)
+
+    def read_ioctx(self, namespace: Namespace) -> librados.Ioctx:
+        """See `Connection.read_ioctx`."""
+        return self.current.read_ioctx(namespace)
+
+    async def newest(self) -> Connection:
+        """The connection of now, as `by_the_newest` wants it."""
+        return self.current
+
+    async def ask(self, prepare: Callable[[Connection], Callable[[], T]], pool_id: int | None = None) -> T:
+        """Call in a thread what `prepare` returns, which blocks; again if the connection is replaced meanwhile.
+
+        `pool_id` is which pool it waits for; None is the monitors. A cancel abandons the call. Raises RbdfsError.
+        """
+
+        async def call(connection: Connection) -> T:
+            lifetime = connection.lifetime
+            lane = MONITORS_LANE if pool_id is None else pool_id
+            try:
+                return await self._handover.in_thread(lifetime, prepare(connection), lane=lifetime.lane(lane))
+            except RbdfsError as error:
+                if pool_id is None and error.errno in MONITORS_SILENT:
+                    self._recovery.suspect()
+                raise
+
+        with self._recovery.patience() if pool_id is None else nullcontext():
+            return await by_the_newest(self.newest, call)
+
+    async def pools(self) -> list[Pool]:
+        """The pools with the rbd application, whether or not the key may read them. Raises RbdfsError."""
+        return await self.ask(lambda connection: partial(rbd_pools, connection.rados, self._only_pools))
+
+    async def _works(self) -> bool:
+        return await self._probe.why_not() is None
+
+    def _probe_of(self, connection: Connection) -> Probe:
+        async def list_pools() -> list[Pool]:
+            ask = partial(rbd_pools, connection.rados, self._only_pools)
+            return await self._handover.in_thread(connection.lifetime, ask, lane=LANE)
+
+        async def is_readable(pool: Pool) -> bool:
+            request = look_at(connection.read_ioctx(Namespace(pool)))
+            return may_read(pool, (await self.operations.operate_once([request]))[0])
+
+        return Probe(list_pools, is_readable)
+
+    async def _connect_anew(self) -> None:
+        """Put a new connection in the place of the present one. Raises RbdfsError if it is of no more use.
+
+        One that gives up soon is tried first: however often that is, it can be closed.
+        """
+        options = replace(self._options, probe_seconds=PROBE_SECONDS)
+        tried = await Connection.open(options, Lifetime(self._recovery))
+        try:
+            if tried.rados.get_fsid() != self.current.rados.get_fsid():
+                raise ConnectError("the configuration names another cluster by now: mount that anew")
+            if (reason := await self._probe_of(tried).why_not()) is not None:
+                raise reason
+        finally:
+            self._close_when_unused(tried)
+            tried.lifetime.end()
+        new = await Connection.open(self._options, Lifetime(self._recovery))
+        old = self.current
+        self._take(new)
+        self._handover.answers.note(0, monotonic())
+        self._close_when_unused(old)
+        old.lifetime.end()
+
+    def _close_when_unused(self, connection: Connection) -> None:
+        self._replaced.add(connection)
+
+        async def close() -> None:
+            await connection.lifetime.unused()
+            if connection in self._replaced:
+                self._replaced.remove(connection)
+                forget_lanes(connection.lifetime)
+                self._closing.start(partial(in_thread_to_its_end, connection.close, lane=LANE))
+
+        trio.lowlevel.spawn_system_task(close)
+
+    async def aclose(self) -> None:
+        """Disconnect. Every image must be closed: librados aborts the process otherwise."""
+        await self._recovery.aclose()
+        await self._closing.wait()
+        last = [*self._replaced, self.current]
+        self._replaced.clear()
+        await in_thread_to_its_end(self._close_all, last)
+
+    def _close_all(self, connections: list[Connection]) -> None:
+        if not wait_for_abandoned(ABANDONED_SECONDS):
+            log.warning("the cluster still owes an answer to what was given up; leaving the connection as it is")
+            return
+        for connection in connections:
+            connection.close()

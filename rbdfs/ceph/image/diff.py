@@ -1,0 +1,102 @@
+"""What has changed in an image since a snapshot, or since it was made: the extents of `rbd diff`, exactly.
+
+They are asked of the objects, as changes.py says why. What no object map of any snapshot in between has was
+never there, and is not asked for: it cannot have changed.
+"""
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from rbdfs.catalog import ImageRef
+from rbdfs.ceph.bindings.librbd import Diff
+from rbdfs.ceph.image.ceph_image import CephImage, Held
+from rbdfs.ceph.image.changes import Ranges, asked_about, either, shown_anew
+from rbdfs.ceph.image.image_state import ImageState
+from rbdfs.ceph.metadata.object_map import ObjectSet
+from rbdfs.errors import RbdfsError, StaleError
+from rbdfs.threads import in_thread
+
+log = logging.getLogger(__name__)
+
+OBJECTS_AT_ONCE: Final = 256
+"""Asked about before any of their extents is told."""
+
+OBJECTS_OF_A_MAP_AT_ONCE: Final = 1 << 16
+
+
+class ImageDiff:
+    """The changes up to an image or snapshot that is open."""
+
+    def __init__(
+        self,
+        image: CephImage,
+        since: str | None,
+        before: ImageState | None,
+        held: ObjectSet | None,
+        ask_name: Callable[[], Awaitable[str]] | None,
+    ) -> None:
+        """`since` is the earlier snapshot's name, which `ask_name` asks for again, `before` what its headers say; None
+        is the beginning of time. `held` are the objects that were there at any time, None if that is not known.
+        """
+        self._image = image
+        self._since = since
+        self._ask_name = ask_name
+        self._size = image.size
+        self.unlisted: Ranges = [] if before is None else shown_anew(before, image.state)
+        """What shows through from another parent than before, or no more: librbd does not tell of it."""
+        period = image.object_size * image.stripe_count
+        self._window = max(1, OBJECTS_AT_ONCE // image.stripe_count) * period
+        self._held = held
+        parent = image.state.own.header.parent
+        if since is None and parent is not None:
+            # Each time, librbd asks for all of the parent's (`DiffIterate::execute`).
+            self._window = max(self._window, -(-parent.overlap // period) * period)
+            self._held = None
+
+    async def extents(self) -> AsyncGenerator[Sequence[Diff], None]:
+        """In order, some at a time: all of an object set, or none. Raises RbdfsError."""
+        window, object_size, held = self._window, self._image.object_size, self._held
+        step = self._size if held is None else OBJECTS_OF_A_MAP_AT_ONCE * object_size
+        for position in range(0, self._size, max(1, step)):
+            end = min(position + step, self._size)
+            asked = [(position, end)]
+            if held is not None:
+                asked = await in_thread(asked_about, held, object_size, position, end)
+            for first, last in asked:
+                start = first
+                while start < last:
+                    stop = min(last, start - start % window + window)
+                    yield await self._image.changes(self._since, start, stop - start)
+                    start = stop
+        await self._confirm()
+
+    async def _confirm(self) -> None:
+        """Image and snapshots are still what they were when their objects were asked. Raises RbdfsError."""
+        size = await self._image.refresh()
+        if size < self._size:
+            raise StaleError(f"the image was shrunk from {self._size} to {size} bytes meanwhile")
+        if self._ask_name is not None and await self._ask_name() != self._since:
+            raise RbdfsError(f"snapshot {self._since} was renamed meanwhile")
+
+
+async def ever_held(
+    held: Held, since: ImageRef | None, image: ImageRef, snapshot_ids: Sequence[int]
+) -> ObjectSet | None:
+    """The objects that an image had at a snapshot, or later, up to another or to now; None if that is not known.
+
+    `snapshot_ids` are all that the image has, not its users' alone. Raises RbdfsError.
+    """
+    found = await held(image)
+    first = 0 if since is None else since.snapshot_id or 0
+    for each in snapshot_ids:
+        if found is None:
+            break
+        if first <= each and (image.snapshot_id is None or each < image.snapshot_id):
+            try:
+                found = either(found, await held(replace(image, snapshot_id=each)))
+            except RbdfsError as error:
+                log.debug("what snapshot %s of image %s held is not known: %s", each, image.id, error)
+                found = None
+    return found

@@ -1,0 +1,123 @@
+"""What others do to an image while it is open here, and how to tell before a reader is given wrong bytes.
+
+librbd reads an object that is gone as zeros, or of a clone as what its parent holds, without an error: it cannot tell a
+hole from what was just removed. And some keys may not hold the watch that holds off a removal. So bytes that may be
+wrong are given only after a revalidation of the image that began when they had arrived. It relies on the order in which
+librbd does things (src/librbd; seen to happen so with 16.2):
+
+- `rbd rm` moves an image to the trash first, out of the pool's directory, and then removes its objects
+  (`api/Image.cc`).
+- `rbd resize` removes what is beyond the new end *first*, and says so in the header last (`ResizeRequest`). But whoever
+  removes objects holds the exclusive lock or, of an image without that feature, has it open, and so watches it.
+- `rbd snap rm` puts the snapshot into its trash first, then removes its data (`SnapshotRemoveRequest`). Reads of a
+  snapshot that is gone find zeros, or what was written since.
+- `rbd flatten` copies all that the parent shows, and takes the parent from the header then; nobody can remove the
+  parent's snapshot before (`FlattenRequest`, `DetachParentRequest`).
+
+Format 1 has no trash: of its removal only the remover's watch shows, and of a snapshot's nothing does until it is done.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Hashable
+from typing import NamedTuple
+
+import trio
+
+from rbdfs.ceph.bindings.aio import Answer
+from rbdfs.errors import RbdfsError, StaleError
+
+log = logging.getLogger(__name__)
+
+NEW_WRITER_SECONDS = 5.0
+"""Grace period for a client that starts to write after our open. It may be shrinking the image, so reads that return
+zeros wait. `rbd resize` takes milliseconds for each hundred objects; a VM that was started stays."""
+
+CHECK_AGAIN_SECONDS = 0.1
+
+
+class Checked(NamedTuple):
+    """An image as one check found it."""
+
+    size: int
+    writers: frozenset[Hashable] = frozenset()
+    """Who may write to it, or shrink it."""
+
+
+Check = Callable[[], Awaitable[Checked]]
+"""Asks the cluster. Raises StaleError if the image is gone, RbdfsError if that cannot be known."""
+
+OnRevalidated = Callable[[int | RbdfsError], None]
+"""Takes the size in bytes, or why it is not known. Must not raise."""
+
+
+class Revalidator:
+    """Revalidates an image, once at a time: all who ask while a revalidation is under way share the next."""
+
+    def __init__(self, check: Check, known_writers: frozenset[Hashable], on_stale: Callable[[], None]) -> None:
+        """`known_writers` had it open before us; `on_stale` is called once the image is known to be gone."""
+        self.stale: StaleError | None = None
+        """That the image is gone. It does not come back."""
+        self._check = check
+        self._on_stale = on_stale
+        self._known = known_writers
+        self._first_seen: dict[Hashable, float] = {}
+        self._waiting: list[OnRevalidated] = []
+        self._is_running = False
+
+    def mark_stale(self, error: StaleError) -> None:
+        """The image was found to be gone."""
+        self.stale = error
+        self._on_stale()
+
+    def ask(self, callback: OnRevalidated) -> None:
+        """Revalidate, and call `callback` later, in the trio thread."""
+        self._waiting.append(callback)
+        if not self._is_running:
+            self._is_running = True
+            trio.lowlevel.spawn_system_task(self._run)
+
+    async def stable_size(self) -> int:
+        """As `ask`, for a task that waits."""
+        answer: Answer[int | RbdfsError] = Answer()
+        self.ask(answer.give)
+        result = await answer.get()
+        if isinstance(result, RbdfsError):
+            raise result
+        return result
+
+    async def _run(self) -> None:
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
+            result: int | RbdfsError
+            try:
+                result = await self._stable_size()
+            except RbdfsError as error:
+                result = error
+            except Exception as error:
+                log.exception("a revalidation failed unexpectedly")
+                result = RbdfsError(f"unexpected {type(error).__name__}: {error}")
+            if isinstance(result, StaleError):
+                self.mark_stale(result)
+            for callback in waiting:
+                try:
+                    callback(result)
+                except Exception:  # out of a system task it would end the mount for everyone
+                    log.exception("a revalidation could not be delivered")
+        self._is_running = False
+
+    async def _stable_size(self) -> int:
+        """The size, once nobody who began to write after our open can be about to change it."""
+        size = None
+        while True:
+            began = trio.current_time()
+            checked = await self._check()
+            self._known &= checked.writers  # who comes back is new
+            new = checked.writers - self._known
+            if not new or (size is not None and checked.size < size):
+                return checked.size
+            size = checked.size
+            self._first_seen = {writer: self._first_seen.get(writer, began) for writer in new}
+            if all(began - since > NEW_WRITER_SECONDS for since in self._first_seen.values()):
+                self._known |= new
+                return size
+            await trio.sleep(CHECK_AGAIN_SECONDS)

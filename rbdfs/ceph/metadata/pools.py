@@ -1,0 +1,49 @@
+"""The pools of a cluster, and which of them may be read."""
+
+import errno
+import json
+from collections.abc import Set as AbstractSet
+
+import rados
+
+from rbdfs.catalog import Pool
+from rbdfs.ceph.bindings.librados import Ioctx
+from rbdfs.ceph.bindings.read_op import Reply, Request
+from rbdfs.ceph.errors import reason_of, translated
+from rbdfs.ceph.metadata.rbd_directory import DIRECTORY
+from rbdfs.errors import RbdfsError
+
+RBD_APPLICATION = "rbd"
+
+_QUESTION = json.dumps({"prefix": "osd pool ls", "detail": "detail", "format": "json"})
+
+
+def rbd_pools(client: rados.Rados, only: AbstractSet[str]) -> list[Pool]:
+    """Those with the application rbd, whether or not the key may read them; of `only`, unless that is empty.
+
+    Blocks, for `rados_mon_op_timeout` at most. `mon 'profile rbd'` may ask for it. Raises RbdfsError.
+    """
+    with translated("list the pools"):
+        status, answer, said = client.mon_command(_QUESTION, b"")
+    if status:
+        raise RbdfsError(f"cannot list the pools: {said or reason_of(-status)}", -status)
+    # Not: wait_for_latest_osdmap, and then list_pools. Without monitors that waits for ever.
+    return [
+        Pool(each["pool_id"], each["pool_name"])
+        for each in json.loads(answer.decode(errors="surrogateescape"))
+        if RBD_APPLICATION in each["application_metadata"] and (not only or each["pool_name"] in only)
+    ]
+
+
+def look_at(ioctx: Ioctx) -> Request:
+    """The question whether the key may read a pool."""
+    return Request(ioctx, DIRECTORY, stat=True)
+
+
+def may_read(pool: Pool, reply: Reply) -> bool:
+    """What the reply to `look_at` means. Raises RbdfsError."""
+    if reply.result in (0, -errno.ENOENT):
+        return True
+    if reply.result in (-errno.EPERM, -errno.EACCES):
+        return False
+    raise RbdfsError(f"cannot read pool {pool.name}: {reason_of(-reply.result)}", -reply.result)
