@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from rbdfs import __version__
 from rbdfs.cli.cluster import EPILOG
 from rbdfs.cli.devcluster import add_devcluster
-from rbdfs.cli.images import add_diff, add_export, add_map, add_verify
+from rbdfs.cli.diff import add_diff
+from rbdfs.cli.export import add_export
+from rbdfs.cli.map import add_map
 from rbdfs.cli.mount import add_mount
 from rbdfs.cli.status import add_status
+from rbdfs.cli.verify import add_verify
 from rbdfs.commands.logs import ERROR, stderr_is_journal
 from rbdfs.errors import RbdfsError, UsageError
 
