@@ -38,7 +38,7 @@ class ImageRef:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageStat:
     """What `ls -l` shows of an image, known without opening it."""
 
     size: int
@@ -88,10 +88,10 @@ class Catalog(Protocol):
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
         """One of them by name: ENOENT if there is none."""
 
-    async def facts(self, image: ImageRef) -> ImageFacts:
+    async def stat(self, image: ImageRef) -> ImageStat:
         """ENOENT if the image is gone. One that is broken, named by its pool but without a header, has a byte."""
 
-    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
+    async def stat_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageStat | None]:
         """The facts of many images, asked for at once. Those that are gone are left out; None is for those that the
         cluster could not tell of."""
 

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Unhurried:
+class BackgroundTasks:
     """Runs what must not be cut short, as the closing of an image, in tasks of their own: a cancel of who waits for it
     ends the waiting alone. All in the trio thread."""
 

@@ -1,4 +1,4 @@
-"""Calls that block, made in worker threads, under every trio that rbdfs runs on."""
+"""Run blocking calls in worker threads, under every trio that rbdfs supports."""
 
 import inspect
 import threading
@@ -11,37 +11,41 @@ import trio
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-# trio 0.23 gave the option a new name, and warns of the old one.
+# trio 0.23 gave the option a new name, and warns about the old one.
 _OPTIONS = inspect.signature(trio.to_thread.run_sync).parameters
-_ABANDON: dict[str, Any] = {"abandon_on_cancel" if "abandon_on_cancel" in _OPTIONS else "cancellable": True}
+_ABANDON = "abandon_on_cancel" if "abandon_on_cancel" in _OPTIONS else "cancellable"
 
 THREADS_A_LANE = 16
-"""Calls at once for one pool: those that wait for a dead one leave the threads of all others free."""
+"""Calls at once for one pool: those that wait for a dead pool leave the threads of all others free."""
 
 _lanes: dict[Hashable, trio.CapacityLimiter] = {}
 _calls = 0
 _none_is_left = threading.Condition()
 
 
-async def in_thread(function: Callable[[*Ts], T], *args: *Ts, lane: Hashable = None) -> T:
-    """Call a blocking function that releases the GIL, as those of Ceph's bindings do, in a worker thread.
-
-    A cancel abandons the thread: the call goes on, and its result is dropped. What a result must not be dropped of
-    (an image that was opened) is called with `in_thread_to_its_end`. `lane` is the id of the pool that is waited for;
-    without, it is the cluster, or this host.
-    """
-    call = partial(_counted, partial(function, *args))
-    return await trio.to_thread.run_sync(call, limiter=_limiter(lane), **_ABANDON)
-
-
-async def in_thread_of_its_own(
-    function: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter | None = None
+async def run_in_thread(
+    function: Callable[[*Ts], T],
+    *args: *Ts,
+    abandon_on_cancel: bool = False,
+    lane: Hashable = None,
+    limiter: trio.CapacityLimiter | None = None,
 ) -> T:
-    """As `in_thread`, of what uses nothing of Ceph's: when all ends, nobody waits for one that was abandoned.
+    """Call a blocking function that releases the GIL in a worker thread.
 
-    A write to a pipe whose reader stands still never ends. `limiter` is instead of trio's own.
+    A cancel waits for the call to end. With `abandon_on_cancel` it does not: the call goes on, and its result is lost.
+    Do not use that if the result must not be lost, such as an image that was just opened.
+
+    `lane` is for calls that use the cluster: what they wait for there, such as the id of a pool. Each lane has its own
+    threads, and `wait_for_abandoned` waits for the calls in lanes. Calls without a lane use trio's own threads, or
+    those of `limiter`; nobody waits for them once they are abandoned: a write to a pipe without a reader never ends.
     """
-    return await trio.to_thread.run_sync(partial(function, *args), limiter=limiter, **_ABANDON)
+    call = partial(function, *args)
+    if lane is not None:
+        limiter = _lanes.setdefault(lane, trio.CapacityLimiter(THREADS_A_LANE))
+        if abandon_on_cancel:
+            call = partial(_counted, call)
+    options: dict[str, Any] = {_ABANDON: abandon_on_cancel}
+    return await trio.to_thread.run_sync(call, limiter=limiter, **options)
 
 
 def _counted(call: Callable[[], T]) -> T:
@@ -57,22 +61,15 @@ def _counted(call: Callable[[], T]) -> T:
 
 
 def wait_for_abandoned(seconds: float) -> bool:
-    """Block until no call of `in_thread` is left, before what they use is taken from under them; False if one is."""
+    """Block until no call that a cancel abandons runs in any lane; False if one still runs.
+
+    Call it before closing the connections that these calls use.
+    """
     with _none_is_left:
         return _none_is_left.wait_for(lambda: not _calls, seconds)
 
 
-async def in_thread_to_its_end(function: Callable[[*Ts], T], *args: *Ts, lane: Hashable = None) -> T:
-    """As `in_thread`, but a cancel waits for the call to end."""
-    return await trio.to_thread.run_sync(partial(function, *args), limiter=_limiter(lane))
-
-
 def forget_lanes(owner: object) -> None:
-    """Of those lanes that are tuples, let go of the ones that begin with `owner`. Nothing runs in them any more."""
+    """Forget the lanes that are tuples and begin with `owner`. Nothing may run in them any more."""
     for lane in [each for each in _lanes if isinstance(each, tuple) and each[0] is owner]:
         del _lanes[lane]
-
-
-def _limiter(lane: Hashable) -> trio.CapacityLimiter | None:
-    """None stands for trio's own, with 40 threads."""
-    return None if lane is None else _lanes.setdefault(lane, trio.CapacityLimiter(THREADS_A_LANE))

@@ -12,28 +12,28 @@ import rados
 import rbd
 import trio
 
-from rbdfs.catalog import ImageFacts, ImageRef, Namespace, Pool, Usage
+from rbdfs.catalog import ImageRef, ImageStat, Namespace, Pool, Usage
 from rbdfs.ceph import allocation, clients, placement
 from rbdfs.ceph.bindings import librados
-from rbdfs.ceph.bindings.aio import Handover, LibrbdImage, open_in_librbd
-from rbdfs.ceph.bindings.answers import Answers
+from rbdfs.ceph.bindings.aio import LibrbdImage, Portal, open_in_librbd
+from rbdfs.ceph.bindings.health import ConnectionHealth
 from rbdfs.ceph.bindings.lifetime import by_the_newest
 from rbdfs.ceph.connection.connect import NEEDED_CAPS, ClusterOptions, why_no_osd_answers
-from rbdfs.ceph.connection.connections import Connection, Connections
+from rbdfs.ceph.connection.connections import CONNECTION_LANE, Connection, Connections
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.ceph.image.changes import Changes
-from rbdfs.ceph.image.diff import ImageDiff, ever_held
+from rbdfs.ceph.image.diff import ImageDiff, objects_ever
 from rbdfs.ceph.image.handle_cache import HandleCache
 from rbdfs.ceph.image.image_state import HeaderClient
 from rbdfs.ceph.metadata import header, rbd_directory
 from rbdfs.ceph.metadata.attributes import AttributeReader
 from rbdfs.ceph.metadata.pools import look_at, may_read
 from rbdfs.ceph.metadata.snapshots import SnapshotReader
-from rbdfs.ceph.metadata.stat import FactsReader
+from rbdfs.ceph.metadata.stat import StatReader
 from rbdfs.errors import ConnectError, RbdfsError
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +46,18 @@ KIB = 1024
 class Cluster:
     """A `Catalog` (rbdfs/catalog.py) of a real cluster, and where images are opened."""
 
-    def __init__(self, connections: Connections, handover: Handover, name: str, only_pools: frozenset[str]) -> None:
+    def __init__(self, connections: Connections, portal: Portal, name: str, only_pools: frozenset[str]) -> None:
         """`connect` does this."""
         self._connections = connections
         self._name = name
-        self._handover = handover
+        self._portal = portal
         self._only_pools = only_pools
         self._unclear_pools: AbstractSet[int] = frozenset()
         """Those that did not answer at the last listing: the log has a line for each."""
         self._operations = connections.operations
         self._headers = HeaderClient(self._operations, self._read_ioctx, connections.client_ids)
         self._handles = HandleCache(self._read_ioctx, self._open_handle)
-        self._facts = FactsReader(self._operations, self._read_ioctx)
+        self._stat_reader = StatReader(self._operations, self._read_ioctx)
         self._snapshots = SnapshotReader(self._operations, self._read_ioctx)
         self._attributes = AttributeReader(
             self._operations, self._read_ioctx, self._pool_name_known, self._ask_open_image
@@ -69,15 +69,18 @@ class Cluster:
 
         Raises ConnectError, whose sentence says what is wrong on the way to the cluster, or with the rights there.
         """
-        handover, only = Handover(), frozenset(only_pools)
-        connections = Connections(options, only, handover)
+        portal, only = Portal(), frozenset(only_pools)
+        connections = Connections(options, only, portal)
         await connections.open()
-        cluster = cls(connections, handover, options.name, only)
+        cluster = cls(connections, portal, options.name, only)
         try:
             with trio.move_on_after(options.connect_timeout) as waiting:
                 await cluster._check_rights()
             if waiting.cancelled_caught:
-                reason = await in_thread(why_no_osd_answers, connections.current.rados, options.name)
+                client = connections.current.rados
+                reason = await run_in_thread(
+                    why_no_osd_answers, client, options.name, abandon_on_cancel=True, lane=CONNECTION_LANE
+                )
                 raise ConnectError(f"the monitors answer, but no OSD did within {options.connect_timeout} s: {reason}")
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -148,7 +151,7 @@ class Cluster:
         try:
             return await self._snapshots.by_name(image)
         except RbdfsError as error:
-            if error.errno == errno.ENOENT and await self._facts.is_broken(image):
+            if error.errno == errno.ENOENT and await self._stat_reader.is_broken(image):
                 return {}
             raise
 
@@ -159,13 +162,13 @@ class Cluster:
             raise RbdfsError(f"image {image.id} of {image.namespace} has no snapshot {name}", errno.ENOENT)
         return snapshots[name]
 
-    async def facts(self, image: ImageRef) -> ImageFacts:
-        """See `Catalog.facts`."""
-        return await self._facts.facts(image)
+    async def stat(self, image: ImageRef) -> ImageStat:
+        """See `Catalog.stat`."""
+        return await self._stat_reader.stat(image)
 
-    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
-        """See `Catalog.facts_of_all`."""
-        return await self._facts.facts_of_all(images)
+    async def stat_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageStat | None]:
+        """See `Catalog.stat_all`."""
+        return await self._stat_reader.stat_all(images)
 
     async def attribute_names(self, image: ImageRef) -> list[str]:
         """See `Catalog.attribute_names`."""
@@ -186,9 +189,9 @@ class Cluster:
         return Usage(total=stats["kb"] * KIB, available=stats["kb_avail"] * KIB)
 
     @property
-    def answers(self) -> Answers:
+    def health(self) -> ConnectionHealth:
         """How the cluster has answered lately."""
-        return self._handover.answers
+        return self._portal.health
 
     @property
     def fsid(self) -> str:
@@ -227,12 +230,14 @@ class Cluster:
         """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
 
         async def by_connection(_: Connection) -> CephImage:
-            return await CephImage.open(spec, image, self._headers, self._handover, self._handles, self._facts.held)
+            return await CephImage.open(
+                spec, image, self._headers, self._portal, self._handles, self._stat_reader.objects
+            )
 
         try:
             return await by_the_newest(self._connections.newest, by_connection)
         except RbdfsError as error:
-            if error.errno != errno.ENOENT or not await self._facts.is_broken(image):
+            if error.errno != errno.ENOENT or not await self._stat_reader.is_broken(image):
                 raise
             # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, and are content.
             raise RbdfsError(
@@ -247,8 +252,8 @@ class Cluster:
         """
         name = partial(self._snapshot_name, since)
         before = await self._headers.state(replace(later[0].spec, snapshot=await name()), since)
-        held = [(image, await self._facts.held(image.image)) for image in later]
-        return Changes(await name(), before, await self._facts.held(since), held, kept_bytes, name)
+        objects = [(image, await self._stat_reader.objects(image.image)) for image in later]
+        return Changes(await name(), before, await self._stat_reader.objects(since), objects, kept_bytes, name)
 
     async def diff(self, since: ImageRef | None, image: CephImage) -> ImageDiff:
         """What has changed in an image or snapshot since an earlier snapshot, or since it was made.
@@ -257,12 +262,14 @@ class Cluster:
         """
         head = replace(image.image, snapshot_id=None)
         _, snapshots = await header.snapshots(self._operations, self._read_ioctx(head.namespace), head)
-        held = await ever_held(self._facts.held, since, image.image, [snapshot.id for snapshot in snapshots])
+        objects = await objects_ever(
+            self._stat_reader.objects, since, image.image, [snapshot.id for snapshot in snapshots]
+        )
         if since is None:
-            return ImageDiff(image, None, None, held, None)
+            return ImageDiff(image, None, None, objects, None)
         name = partial(self._snapshot_name, since)
         before = await self._headers.state(replace(image.spec, snapshot=await name()), since)
-        return ImageDiff(image, await name(), before, held, name)
+        return ImageDiff(image, await name(), before, objects, name)
 
     async def _snapshot_name(self, snapshot: ImageRef) -> str:
         """What it is called now. Raises RbdfsError."""

@@ -24,7 +24,7 @@ from rbdfs.commands.units import in_units
 from rbdfs.errors import RbdfsError, TargetError, UsageError
 from rbdfs.image.striper import Layout, extent_to_file, file_to_extents
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread_of_its_own
+from rbdfs.threads import run_in_thread
 
 STDOUT = 1
 FAILED = 1
@@ -216,7 +216,7 @@ async def _write(pieces: Iterable[str]) -> None:
     """To standard output, whose reader may be slow. Raises BrokenPipeError, TargetError."""
     text = "".join(pieces).encode(sys.stdout.encoding, "surrogateescape")
     if text:
-        await in_thread_of_its_own(_write_all, text)
+        await run_in_thread(_write_all, text, abandon_on_cancel=True)
 
 
 def _write_all(text: bytes) -> None:

@@ -29,7 +29,7 @@ from rbdfs.export.stream import Stream
 from rbdfs.export.update import UpdatedFile
 from rbdfs.image.striper import MIB
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread_of_its_own, in_thread_to_its_end
+from rbdfs.threads import run_in_thread
 
 STDOUT = 1
 FAILED = 1
@@ -142,7 +142,7 @@ class _Export:
                 self._output.abandon()  # it is a copy of this snapshot already
                 self._output = None
             if self._failure is None and self._plan is not None and self._digest is not None:
-                await in_thread_of_its_own(self._digest_file, self._digest)
+                await run_in_thread(self._digest_file, self._digest, abandon_on_cancel=True)
         except RbdfsError as error:
             self._failure = error
 
@@ -157,7 +157,7 @@ class _Export:
             self._copied = await copied_of(cluster, self._spec, source, wait=self._options.update)
         if self._options.update and self._copied is None:
             raise RbdfsError(f"{self._spec} may be being filled (deep copy, mirroring, migration); try again later")
-        self._output = await in_thread_to_its_end(self._open_output, cluster.fsid, image, source)
+        self._output = await run_in_thread(self._open_output, cluster.fsid, image, source)
         if isinstance(self._output, UpdatedFile) and self._copied is not None:
             await self._plan_update(cluster, source, self._output, self._copied)
 
@@ -167,7 +167,7 @@ class _Export:
             tell(plan.notice)
         if plan.towards:
             begin = partial(target.begin, plan.of, plan.towards, compare=plan.changes is None)
-            await in_thread_to_its_end(begin)
+            await run_in_thread(begin)
 
     def _open_output(self, fsid: str, image: ImageRef, source: CephImage) -> Output:
         path = self._options.path
@@ -202,7 +202,7 @@ class _Export:
                 await copy.run()
                 if changes is not None:
                     await changes.confirm()
-                await in_thread_to_its_end(self._output.finish)
+                await run_in_thread(self._output.finish)
                 self._written_bytes = self._output.written_bytes
                 self._output = None
             except RbdfsError as error:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from rbdfs.ceph.bindings.answers import Answers
+from rbdfs.ceph.bindings.health import ConnectionHealth
 from rbdfs.fuse.operations import Operations
 from rbdfs.fuse.requests import Requests
 from rbdfs.image.cache import ObjectCache
@@ -24,7 +24,7 @@ class LiveMount:
     operations: Operations
     requests: Requests
     cache: ObjectCache
-    answers: Answers
+    health: ConnectionHealth
 
     @property
     def oldest_seconds(self) -> float:
@@ -34,4 +34,4 @@ class LiveMount:
     @property
     def osds_answer(self) -> bool:
         """Whether OSDs answer, as far as they were asked."""
-        return self.answers.osds_answer(self.oldest_seconds, monotonic())
+        return self.health.osds_answer(self.oldest_seconds, monotonic())

@@ -53,7 +53,7 @@ class MountCollector(Collector):
 
 def metrics(mount: LiveMount) -> Iterator[Metric]:
     """All of them, as of now."""
-    requests, cache, answers = mount.requests, mount.cache, mount.answers
+    requests, cache, health = mount.requests, mount.cache, mount.health
 
     info = GaugeMetricFamily(
         "rbdfs_info", "What is mounted; always 1", labels=["version", "mountpoint", "fsid", "client"]
@@ -105,9 +105,9 @@ def metrics(mount: LiveMount) -> Iterator[Metric]:
     yield GaugeMetricFamily("rbdfs_cluster_reads_in_flight_bytes", "What they ask for", cache.in_flight.bytes)
     yield GaugeMetricFamily("rbdfs_cluster_reads_queued", "Reads that wait for others to end first", cache.reads_queued)
     yield CounterMetricFamily(
-        "rbdfs_revalidations", "Questions whether an open image is still what it was", answers.revalidations
+        "rbdfs_revalidations", "Questions whether an open image is still what it was", health.revalidations
     )
-    yield GaugeMetricFamily("rbdfs_cluster_connected", "0 if the cluster has blocklisted us", int(answers.is_connected))
+    yield GaugeMetricFamily("rbdfs_cluster_connected", "0 if the cluster has blocklisted us", int(health.is_connected))
     yield GaugeMetricFamily(
         "rbdfs_cluster_osds_answer", "0 if no OSD answers what it was asked last", int(mount.osds_answer)
     )

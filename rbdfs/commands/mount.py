@@ -35,7 +35,7 @@ from rbdfs.fuse.troubles import Troubles
 from rbdfs.image.cache import ObjectCache
 from rbdfs.image.open_images import OpenImages
 from rbdfs.image.striper import MIB
-from rbdfs.threads import in_thread_of_its_own
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
                     operations,
                     session.device.requests,
                     cache,
-                    cluster.answers,
+                    cluster.health,
                 )
                 register(live)
                 await _until_stopped(partial(serve_and_tell, session, live))
@@ -154,7 +154,7 @@ async def _serve_metrics(address: tuple[str, int] | None) -> Callable[[LiveMount
         return lambda _: None
     from rbdfs.commands.metrics import MountCollector, serve_metrics  # noqa: PLC0415  (loaded if it is needed)
 
-    registry = await in_thread_of_its_own(serve_metrics, *address)
+    registry = await run_in_thread(serve_metrics, *address, abandon_on_cancel=True)
     return lambda live: registry.register(MountCollector(live))
 
 

@@ -66,7 +66,7 @@ def report(live: LiveMount) -> dict[str, object]:
         "fsid": live.fsid,
         "client": live.client,
         "started": live.started,
-        "connected": live.answers.is_connected,
+        "connected": live.health.is_connected,
         "osds_answer": live.osds_answer,
         "trouble": live.operations.troubles.summary(),
         "cache": {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from rbdfs.errors import MountError
-from rbdfs.threads import in_thread_of_its_own
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ async def _tell_watchdog(manager: ServiceManager, ask: Callable[[], None]) -> No
     limiter = trio.CapacityLimiter(1)
     while True:
         try:
-            await in_thread_of_its_own(ask, limiter=limiter)
+            await run_in_thread(ask, abandon_on_cancel=True, limiter=limiter)
             manager.notify("WATCHDOG=1")
         except MountError as error:
             log.warning("the watchdog hears nothing: %s", error)

@@ -16,7 +16,7 @@ from rbdfs.export.journal import origin_of
 from rbdfs.export.label import Copied
 from rbdfs.export.update import UpdatedFile
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread_to_its_end
+from rbdfs.threads import run_in_thread
 
 HINT = "--full compares all of it with the image, and writes what differs"
 
@@ -67,7 +67,7 @@ async def plan_update(cluster: Cluster, source: CephImage, new: Copied, target: 
     if full:
         return Plan(None, (new,))
     try:
-        label = await in_thread_to_its_end(target.read_label)
+        label = await run_in_thread(target.read_label)
     except LabelError as error:
         raise LabelError(f"{error}; {HINT}") from error
     if label is None:

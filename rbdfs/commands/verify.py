@@ -23,7 +23,7 @@ from rbdfs.export.journal import origin_of
 from rbdfs.export.label import Copied, Label
 from rbdfs.export.verify import ComparedFile
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread_to_its_end
+from rbdfs.threads import run_in_thread
 
 SAME, DIFFERS, FAILED = 0, 1, 1
 
@@ -96,9 +96,9 @@ class _Verify:
         if image.snapshot_id is None:
             await tell_of_writers(cluster, self._spec, image, "verify")
         self._source = source = await cluster.open_image(self._spec, image)
-        self._target = target = await in_thread_to_its_end(ComparedFile, self._options.path, source.size)
+        self._target = target = await run_in_thread(ComparedFile, self._options.path, source.size)
         try:
-            label = await in_thread_to_its_end(target.read_label)
+            label = await run_in_thread(target.read_label)
         except LabelError as error:
             tell(f"{error}: that it is a copy is not taken for granted, and all of it is compared")
         else:

@@ -20,7 +20,7 @@ from rbdfs.image.backend import Buffer, ImageBackend, ReadResult
 from rbdfs.image.holes import HoleMap, Kind, Segment
 from rbdfs.image.striper import MIB, Layout
 from rbdfs.image.throttle import Throttle
-from rbdfs.threads import in_thread_of_its_own, in_thread_to_its_end
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class Copy:
             line_up.send_nowait(hole)
         if not self._target.in_order and not self._target.is_blank:
             for start in range(hole.start, hole.end, SKIP_STEP):
-                await in_thread_to_its_end(self._target.skip, start, min(SKIP_STEP, hole.end - start))
+                await run_in_thread(self._target.skip, start, min(SKIP_STEP, hole.end - start))
         self._started = hole.end
 
     async def _start(self, data: Segment, line_up: "trio.MemorySendChannel[Piece | Segment]") -> None:
@@ -265,7 +265,7 @@ class Copy:
     async def _take_held(self, piece: Piece) -> None:
         """What an earlier copy has done need not be done again, if it is right."""
         async with self._writes:
-            data = await in_thread_to_its_end(self._target.held, piece.offset, piece.length)
+            data = await run_in_thread(self._target.held, piece.offset, piece.length)
         if data is None:
             await self._read(piece)
         else:
@@ -307,7 +307,7 @@ class Copy:
                 pieces.append(self._to_write.popleft())
                 length += pieces[-1].length
             async with self._writes:
-                await in_thread_to_its_end(self._write_all, pieces)
+                await run_in_thread(self._write_all, pieces)
             for piece in pieces:
                 self._used(piece)
         self._writers -= 1
@@ -337,14 +337,14 @@ class Copy:
                     landed.append(following)
                     following = None
             # Abandoned if cancelled: the reader of a pipe may never read on.
-            await in_thread_of_its_own(self._digest_and_write, landed)
+            await run_in_thread(self._digest_and_write, landed, abandon_on_cancel=True)
             for piece in landed:
                 self._used(piece)
 
     async def _use_hole(self, hole: Segment) -> None:
         for start in range(hole.start, hole.end, HOLE_STEP):
             stop = min(start + HOLE_STEP, hole.end)
-            await in_thread_of_its_own(self._skip_in_order, start, stop - start)
+            await run_in_thread(self._skip_in_order, start, stop - start, abandon_on_cancel=True)
             self._used_in_order = stop
 
     def _skip_in_order(self, offset: int, length: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
-from rbdfs.catalog import Catalog, ImageFacts, ImageRef
+from rbdfs.catalog import Catalog, ImageRef, ImageStat
 from rbdfs.errors import RbdfsError
 from rbdfs.fuse.nodes import ROOT_INODE, ImageFile, Node
 from rbdfs.fuse.pending import Failed
@@ -409,7 +409,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     def _remember(self, node: Node, told: _Told) -> None:
         """The kernel is told this, unless it was told something newer while the cluster was asked: then it drops this
         (fuse_change_attributes: attr_version)."""
-        if isinstance(told.facts, ImageFacts):
+        if isinstance(told.facts, ImageStat):
             size, end = told.facts.size, self._ends.get(node.inode)
             if end is None or size > end.size:
                 self._ends[node.inode] = _End(size, -math.inf)
@@ -432,7 +432,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
             entry.st_mode = stat.S_IFREG | 0o444 & ~self.presentation.umask
         else:
             entry.st_mode = stat.S_IFDIR | 0o555 & ~self.presentation.umask
-        if isinstance(facts, ImageFacts):
+        if isinstance(facts, ImageStat):
             entry.st_size = facts.size
             entry.st_blksize = COPY_BYTES
             entry.st_blocks = -(-facts.used_bytes // STAT_BLOCK_BYTES)

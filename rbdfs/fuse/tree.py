@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from rbdfs.catalog import Catalog, ImageFacts, ImageRef, Namespace, Pool
+from rbdfs.catalog import Catalog, ImageRef, ImageStat, Namespace, Pool
 from rbdfs.errors import RbdfsError
 from rbdfs.fuse import names
 from rbdfs.fuse.nodes import (
@@ -46,7 +46,7 @@ T = TypeVar("T")
 NAMESPACE_NAME_BYTES = names.NAME_BYTES - len(names.SEPARATOR)
 """Room for `@` before it."""
 
-Facts = ImageFacts | int
+Facts = ImageStat | int
 """An image's facts; of a directory, when what it lists last changed, in nanoseconds since the epoch."""
 
 
@@ -105,11 +105,11 @@ class Tree:
             case Root():
                 return self._mounted_ns
             case ImageFile(ref=ref):
-                return await self._catalog.facts(ref)
+                return await self._catalog.stat(ref)
             case SnapshotDirectory(ref=ref):
                 snapshots = list((await self._catalog.snapshots(ref)).values())
                 newest = snapshots[-1] if snapshots else ref
-                return (await self._catalog.facts(newest)).modified_ns
+                return (await self._catalog.stat(newest)).modified_ns
             case ImageDirectory(namespace=namespace) | SnapDirectory(namespace=namespace):
                 changed_ns = await self._catalog.changed_ns(namespace)
                 return self._mounted_ns if changed_ns is None else changed_ns
@@ -137,7 +137,7 @@ class Tree:
                     facts[node.inode] = None
                     if isinstance(node, ImageDirectory):
                         nursery.start_soon(ask, node)
-        found = await self._catalog.facts_of_all(files)
+        found = await self._catalog.stat_all(files)
         return facts | {files[ref]: each for ref, each in found.items()}
 
     async def entries(self, directory: Directory) -> list[DirEntry]:

@@ -11,7 +11,7 @@ from rbdfs.image.cache import CachedImage, ObjectCache
 from rbdfs.image.holes import SEGMENTS_AT_MOST, HoleMap
 from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.striper import Layout
-from rbdfs.tasks import Unhurried
+from rbdfs.tasks import BackgroundTasks
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class OpenImages:
         self._cache = cache
         self._share = ReadaheadShare(cache.budget_bytes)
         self._entries: dict[Hashable, _Entry] = {}
-        self._unhurried = Unhurried()
+        self._background = BackgroundTasks()
 
     async def open(self, key: Hashable, open_backend: OpenBackend) -> tuple[OpenImage, bool]:
         """Open the image `key`; `open_backend` is called if nobody has it open.
@@ -83,7 +83,7 @@ class OpenImages:
                 self._cache.cancel(entry.state.cached)
                 await entry.state.backend.close()
         self._entries.clear()
-        await self._unhurried.wait()
+        await self._background.wait()
 
     async def _bring_up_to_date(self, key: Hashable, entry: _Entry, open_backend: OpenBackend) -> bool:
         state = entry.state
@@ -107,7 +107,7 @@ class OpenImages:
             if backend is not state.backend:  # it was migrated, say: older opens go over to what it is now
                 stale, state.backend = state.backend, backend
                 try:
-                    await self._unhurried.run(stale.close)
+                    await self._background.run(stale.close)
                 except trio.Cancelled:
                     entry.write_version = None  # the kernel does not hear that this open() has found it changed
                     raise
@@ -133,7 +133,7 @@ class OpenImages:
             self._cache.cancel(state.cached)
         self._remember(key, entry)
         if state is not None:
-            await self._unhurried.run(state.backend.close)
+            await self._background.run(state.backend.close)
 
     def _remember(self, key: Hashable, entry: _Entry) -> None:
         """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""

@@ -9,7 +9,7 @@ import pytest
 import rbd
 import trio
 
-from rbdfs.catalog import ImageFacts, ImageRef, Namespace
+from rbdfs.catalog import ImageRef, ImageStat, Namespace
 from rbdfs.ceph.bindings.read_op import OPERATIONS_AT_ONCE, Reply, Request
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connection.connect import ClusterOptions
@@ -56,7 +56,7 @@ async def test_listing_costs_two_operations_an_image_and_one_for_all_names(ceph:
             names = await cluster.image_names(namespace)
             assert len(names) == IMAGES
             assert asked == ["rbd_directory"]
-            found = await cluster.facts_of_all(names.values())
+            found = await cluster.stat_all(names.values())
             assert {each.size for each in found.values() if each} == {MIB}
             assert len(found) == IMAGES
             assert len(asked) == 1 + 2 * IMAGES
@@ -81,7 +81,7 @@ async def test_a_parent_is_asked_once_for_all_of_its_clones(ceph: Ceph) -> None:
         async with counting(ceph, pool) as (cluster, namespace, asked):
             names = await cluster.image_names(namespace)
             asked.clear()
-            found = await cluster.facts_of_all(ref for name, ref in names.items() if name != "parent")
+            found = await cluster.stat_all(ref for name, ref in names.items() if name != "parent")
             assert {each.used_bytes for each in found.values() if each} == {MIB}
             assert len(found) == 10
             assert asked.count(header.object_of(names["parent"])) == 1
@@ -108,15 +108,15 @@ async def test_what_is_gone_is_left_out_and_what_the_cluster_does_not_tell_is_no
             ]
 
         cluster._operations.operate = one_is_silent  # type: ignore[method-assign]
-        found = await cluster.facts_of_all([here, gone, silent])
-        assert found == {here: ImageFacts(1, 1, await modified_ns(cluster, here)), silent: None}
+        found = await cluster.stat_all([here, gone, silent])
+        assert found == {here: ImageStat(1, 1, await modified_ns(cluster, here)), silent: None}
         with pytest.raises(RbdfsError, match="timed out"):
-            await cluster.facts(silent)
+            await cluster.stat(silent)
 
 
 async def modified_ns(cluster: Cluster, image: ImageRef) -> int:
     """Of an image that is alone in asking."""
-    return (await cluster.facts(image)).modified_ns
+    return (await cluster.stat(image)).modified_ns
 
 
 @in_trio
@@ -181,7 +181,7 @@ async def test_a_large_map_is_loaded_once_and_again_when_it_has_changed(
             ceph.write_image(name, b"data", (size - 4 * MIB) // written)
             del asked[:]
             for _ in range(3):
-                assert (await cluster.facts(image)).used_bytes == written * 4 * MIB
+                assert (await cluster.stat(image)).used_bytes == written * 4 * MIB
             assert len(decoded) == written
             assert len(asked) == 3 * 2 + (written - 1)
         assert {len(each) // 1000 for each in decoded} == {16}
@@ -232,7 +232,7 @@ async def test_an_image_without_a_header_stays_in_a_listing_if_no_osd_says_wheth
             return [Reply(silent.get(request.object_name, -errno.ENOENT)) for request in requests]
 
         cluster._operations.operate = answer  # type: ignore[method-assign]
-        assert await cluster.facts_of_all([image]) == {image: None}
+        assert await cluster.stat_all([image]) == {image: None}
 
 
 @in_trio

@@ -71,13 +71,13 @@ def shut_down() -> RbdfsError:
 async def test_a_watch_that_is_lost_is_asked_for_at_once_and_then_every_second_until_it_is_back() -> None:
     header = FakeHeader()
     watch = await begin(header)
-    assert watch.is_held
+    assert watch.is_active
     assert header.lose is not None
     header.refusals = [shut_down(), shut_down()]
     began = trio.current_time()
     header.lose()
     await until(lambda: len(header.asked) == 4)
-    await until(lambda: watch.is_held)
+    await until(lambda: watch.is_active)
     waits = [asked - began for asked in header.asked[1:]]
     assert all(0 <= wait - at * RENEW_SECONDS < RENEW_SECONDS / 2 for at, wait in enumerate(waits)), waits
     await watch.aclose()
@@ -102,7 +102,7 @@ async def test_what_the_key_may_not_watch_is_asked_for_once() -> None:
     watch = await begin(header)
     await trio.sleep(1.5 * RENEW_SECONDS)
     assert len(header.asked) == 1
-    assert not watch.is_held
+    assert not watch.is_active
     await watch.aclose()
 
 
@@ -114,7 +114,7 @@ async def test_after_the_connection_was_replaced_the_key_is_asked_once_more_whet
     await trio.sleep(1.5 * RENEW_SECONDS)
     assert len(header.asked) == 2
     watch.take_anew()
-    await until(lambda: watch.is_held)
+    await until(lambda: watch.is_active)
     await watch.aclose()
 
 
@@ -125,7 +125,7 @@ async def test_a_watch_by_a_connection_that_was_replaced_is_given_back_but_not_w
     assert isinstance(watch._watch, FakeWatch)
     watch._watch.hangs = True
     watch.take_anew()
-    await until(lambda: watch.is_held)
+    await until(lambda: watch.is_active)
     assert len(header.asked) == 2
     with trio.fail_after(RENEW_SECONDS / 2):
         await watch.aclose()
@@ -151,7 +151,7 @@ async def test_no_exception_ends_the_loop_for_everyone(caplog: pytest.LogCapture
     with caplog.at_level(logging.ERROR):
         header.lose()
         await until(lambda: len(header.asked) == 3)
-        await until(lambda: watch.is_held)
+        await until(lambda: watch.is_active)
     assert "ZeroDivisionError" in caplog.text
     await watch.aclose()
 

@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph.bindings.aio import Handover
-from rbdfs.ceph.bindings.answers import SILENT_SECONDS, Answers
+from rbdfs.ceph.bindings.aio import Portal
+from rbdfs.ceph.bindings.health import SILENT_SECONDS, ConnectionHealth
 from rbdfs.ceph.bindings.lifetime import Lifetime
 from rbdfs.ceph.connection.recovery import Recovery
 from rbdfs.ceph.image.ceph_image import CephImage
@@ -43,7 +43,9 @@ def live_mount(mountpoint: str = "/mnt/rbdfs") -> LiveMount:
     """One of which nothing has been asked."""
     operations = cast(Operations, SimpleNamespace(files={}))
     cache = ObjectCache(MIB, 64, MIB)
-    return LiveMount(Path(mountpoint), "489effc2", "client.backup", 1e9, operations, Requests(), cache, Answers())
+    return LiveMount(
+        Path(mountpoint), "489effc2", "client.backup", 1e9, operations, Requests(), cache, ConnectionHealth()
+    )
 
 
 def told(mount: LiveMount) -> dict[tuple[str, ...], float]:
@@ -142,14 +144,14 @@ def test_a_mount_point_that_is_not_utf8_is_told_all_the_same() -> None:
     ],
 )
 def test_osds_answer_if_any_does(*, result: int, answered_ago: float, waited: float, answers: bool) -> None:
-    state = Answers()
+    state = ConnectionHealth()
     state.note(0, 2e6 - answered_ago)
     state.note(result, 2e6 - answered_ago)
     assert state.osds_answer(waited, 2e6) is answers
 
 
 def test_librados_giving_up_is_no_answer() -> None:
-    state = Answers()
+    state = ConnectionHealth()
     state.note(0, 1000.0)
     state.note(-errno.ETIMEDOUT, 2000.0)
     assert not state.osds_answer(SILENT_SECONDS + 1, 2001.0)
@@ -161,17 +163,15 @@ def test_librados_giving_up_is_no_answer() -> None:
 @in_trio
 async def test_each_read_of_the_cluster_says_whether_it_answers() -> None:
     nobody = cast(Any, None)
-    handover = Handover()
-    image = CephImage(
-        ImageSpec("rbd", "vm1"), ImageRef(Namespace(Pool(1, "rbd")), "1"), nobody, handover, nobody, nobody
-    )
+    portal = Portal()
+    image = CephImage(ImageSpec("rbd", "vm1"), ImageRef(Namespace(Pool(1, "rbd")), "1"), nobody, portal, nobody, nobody)
     image.stripe_unit = 4096
-    handle = cast(Any, SimpleNamespace(lifetime=Lifetime(Recovery(handover.answers, nobody, nobody))))
+    handle = cast(Any, SimpleNamespace(lifetime=Lifetime(Recovery(portal.health, nobody, nobody))))
     results: list[object] = []
     for result, answer in ((-errno.ETIMEDOUT, False), (4, True), (-errno.EIO, True), (-errno.ETIMEDOUT, False)):
         image._finish_read(handle, 0, 4, results.append, 0, result, b"data")
-        assert handover.answers.osds_answer(0.0, monotonic()) is answer
-    assert handover.answers.osds_answer(SILENT_SECONDS + 1, monotonic()), "one did just now"
+        assert portal.health.osds_answer(0.0, monotonic()) is answer
+    assert portal.health.osds_answer(SILENT_SECONDS + 1, monotonic()), "one did just now"
     assert len(results) == 4
 
 

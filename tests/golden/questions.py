@@ -14,7 +14,7 @@ from rbdfs.ceph.bindings.read_op import ReadOperations
 from rbdfs.ceph.image.image_state import HeaderClient
 from rbdfs.ceph.metadata import header, rbd_directory
 from rbdfs.ceph.metadata.attributes import AttributeReader
-from rbdfs.ceph.metadata.stat import FactsReader
+from rbdfs.ceph.metadata.stat import StatReader
 from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
 from tests.golden.replies import Place
@@ -41,7 +41,7 @@ class Questions:
         self.operations = operations
         self.ioctx_of = ioctx_of
         self.pools = pools
-        self.facts = FactsReader(operations, ioctx_of)
+        self.stat_reader = StatReader(operations, ioctx_of)
         self.headers = HeaderClient(operations, ioctx_of, frozenset())
         self.attributes = AttributeReader(operations, ioctx_of, self._pool_name, _open)
         self.images: dict[str, ImageRef] = {}
@@ -83,7 +83,7 @@ class Questions:
         names = partial(self.attributes.names, image)
         opens = OPENS_FORMAT_1 if image.format == 1 else OPENS
         return [
-            Question(str(spec), "facts", partial(self.facts.facts, image)),
+            Question(str(spec), "facts", partial(self.stat_reader.stat, image)),
             Question(str(spec), "state", partial(self.headers.state, spec, image)),
             Question(str(spec), "attributes", names),
             *(

@@ -25,7 +25,7 @@ import trio.testing
 import rbdfs
 from rbdfs.catalog import ImageRef, Namespace, Pool
 from rbdfs.ceph.bindings import librados, librbd
-from rbdfs.ceph.bindings.aio import Handover, LibrbdImage
+from rbdfs.ceph.bindings.aio import LibrbdImage, Portal
 from rbdfs.ceph.bindings.read_op import ReadOperations, Reply, Request
 from rbdfs.ceph.bindings.watch import Watch
 from rbdfs.ceph.image.ceph_image import CephImage
@@ -267,12 +267,12 @@ async def mounted(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mount]:
     monkeypatch.setattr(open_image, "monotonic", lambda: 0.0)
     ioctx = cast(librados.Ioctx, SimpleNamespace(pointer=None, lifetime=lifetime(), lane=None))
     client = HeaderClient(cast(ReadOperations, StubOperations()), lambda _: ioctx, {1})
-    handover, handles = Handover(), HandleCache(lambda _: ioctx, LibrbdImage)
+    portal, handles = Portal(), HandleCache(lambda _: ioctx, LibrbdImage)
     monkeypatch.setattr(Watch, "take", StubWatch.take)
     images = OpenImages(ObjectCache(256 * MIB, 64, 128 * MIB))
 
     async def open_backend() -> CephImage:
-        return await CephImage.open(ImageSpec.parse("rbd/vm1"), IMAGE, client, handover, handles, no_map)
+        return await CephImage.open(ImageSpec.parse("rbd/vm1"), IMAGE, client, portal, handles, no_map)
 
     image, _ = await images.open(IMAGE, open_backend)
     async with serving({1: image}) as setup:

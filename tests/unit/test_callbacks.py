@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph.bindings.aio import Handover
+from rbdfs.ceph.bindings.aio import Portal
 from rbdfs.errors import RbdfsError, StaleError
 from rbdfs.image.backend import OnRead, ReadResult
 from rbdfs.image.cache import CachedImage, ObjectCache
@@ -147,11 +147,11 @@ async def test_reads_and_seeks_that_go_on_in_a_task_do_not_end_the_loop(caplog: 
 
 @in_trio
 async def test_what_comes_over_the_thread_boundary_after_it_is_delivered(caplog: pytest.LogCaptureFixture) -> None:
-    handover, delivered = Handover(), trio.Event()
+    portal, delivered = Portal(), trio.Event()
 
     def post() -> None:
-        handover.post(lambda: explode(None))
-        handover.post(delivered.set)
+        portal.post(lambda: explode(None))
+        portal.post(delivered.set)
 
     with told_in_the_log(caplog), trio.fail_after(5):
         await trio.to_thread.run_sync(post)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbdfs.catalog import ImageFacts
+from rbdfs.catalog import ImageStat
 from rbdfs.ceph.bindings.encoding import Reader, encode_string
 from rbdfs.ceph.image.image_state import ImageState
 from rbdfs.ceph.metadata import stat
@@ -115,7 +115,7 @@ class Golden:
 
     def is_harmless(self, question: Question, found: Any) -> bool:
         """Whether it is an error, or what it was before, or an image that looks broken or full."""
-        if isinstance(found, ImageFacts):
+        if isinstance(found, ImageStat):
             before = self.outcomes[question]
             return found in (before, stat.BROKEN) or (found.size == before.size == found.used_bytes)
         return isinstance(found, Failed) or found == self.outcomes[question]
@@ -382,7 +382,7 @@ def test_a_structure_that_only_newer_readers_can_read_is_an_error_of_its_image(
         errors = 0
         for question, found in golden.changed(structure.key, structure.too_new()):
             assert golden.is_harmless(question, found), (structure, question, found)
-            errors += found != golden.outcomes[question] or isinstance(found, ImageFacts)
+            errors += found != golden.outcomes[question] or isinstance(found, ImageStat)
         assert errors
 
 
@@ -441,13 +441,13 @@ def test_a_header_that_names_itself_as_its_ancestor_is_an_error_and_not_asked_fo
 @in_trio
 async def test_a_malformed_header_spoils_no_other_image_of_a_listing(golden: Golden) -> None:
     images = list(golden.of("golden")["image_names"].values())
-    sound = await golden.asking.facts.facts_of_all(images)
+    sound = await golden.asking.stat_reader.stat_all(images)
     for image in images:
         if image.format == 1:
             continue
         golden.replay.changed = {(f"{image.namespace.pool.id}//rbd_header.{image.id}", "value size"): b"\1"}
         try:
-            found = await golden.asking.facts.facts_of_all(images)
+            found = await golden.asking.stat_reader.stat_all(images)
         finally:
             golden.replay.changed = {}
         assert found[image] == stat.BROKEN

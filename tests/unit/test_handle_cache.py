@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph.bindings.aio import Handover, LibrbdImage
+from rbdfs.ceph.bindings.aio import LibrbdImage, Portal
 from rbdfs.ceph.bindings.librados import Ioctx
 from rbdfs.ceph.bindings.librbd import ImageInfo
 from rbdfs.ceph.image.ceph_image import CephImage
@@ -270,7 +270,7 @@ async def test_a_question_that_is_given_up_lets_go_of_the_image_once_whether_its
     monkeypatch.setattr("rbdfs.threads.THREADS_A_LANE", 1)
     unused = cast(Any, None)
     ref = ImageRef(Namespace(Pool(id(monkeypatch), "rbd")), "1")
-    asked = CephImage(ImageSpec("rbd", "vm1"), ref, unused, Handover(), unused, unused)
+    asked = CephImage(ImageSpec("rbd", "vm1"), ref, unused, Portal(), unused, unused)
     handle, has_begun, may_end = HeldHandle(), threading.Event(), threading.Event()
 
     def block() -> None:
@@ -349,7 +349,7 @@ async def test_what_hangs_by_a_connection_that_is_replaced_is_opened_by_the_new_
 @in_trio
 async def test_who_waits_until_an_image_is_idle_goes_on_waiting_if_it_is_held_again_before_the_task_is_woken() -> None:
     handle = LibrbdImage.__new__(LibrbdImage)
-    handle._image, handle._held, handle._idle = cast(Any, SimpleNamespace(reads_in_flight=0)), 0, None
+    handle._image, handle._holds, handle._idle = cast(Any, SimpleNamespace(reads_in_flight=0)), 0, None
     idle: list[int] = []
 
     async def wait(number: int) -> None:

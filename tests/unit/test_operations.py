@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from rbdfs.catalog import Catalog, ImageFacts, ImageRef, Namespace, Pool
+from rbdfs.catalog import Catalog, ImageRef, ImageStat, Namespace, Pool
 from rbdfs.fuse.nodes import Node, image_file
 from rbdfs.fuse.operations import ENTRY_SECONDS, LISTED_AT_ONCE, LISTING_SECONDS, Operations, Presentation
 from rbdfs.fuse.pending import AGAIN_SECONDS
@@ -50,7 +50,7 @@ class SlowTree:
         inodes = [node.inode for node in nodes]
         self.asked.append(len(inodes))
         await trio.sleep(self._seconds)
-        return {inode: ImageFacts(1, 1, 0) for inode in inodes}
+        return {inode: ImageStat(1, 1, 0) for inode in inodes}
 
     def add_lookup(self, node: Node) -> None:
         """The kernel knows it."""

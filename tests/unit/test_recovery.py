@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from rbdfs.catalog import Pool
-from rbdfs.ceph.bindings.answers import Answers
+from rbdfs.ceph.bindings.health import ConnectionHealth
 from rbdfs.ceph.bindings.lifetime import ATTEMPTS, Lifetime, by_the_newest
 from rbdfs.ceph.connection.probe import PROBE_SECONDS, Probe
 from rbdfs.ceph.connection.recovery import CALM_SECONDS, FIRST_SECONDS, LONGEST_SECONDS, PATIENT_SECONDS, Recovery
@@ -30,8 +30,8 @@ class FakeConnection:
         """How long an attempt takes."""
         self.probes: list[float] = []
         self.attempts: list[float] = []
-        self.answers = Answers()
-        self.recovery = Recovery(self.answers, self.ask, self.connect)
+        self.health = ConnectionHealth()
+        self.recovery = Recovery(self.health, self.ask, self.connect)
         self.recovery.is_on = True
         self.lifetime = Lifetime(self.recovery)
 
@@ -202,11 +202,11 @@ async def test_what_came_late_by_a_connection_that_was_replaced_does_not_count()
     old = cluster.lifetime
     old.note(-errno.ESHUTDOWN)
     await trio.sleep(10)
-    cluster.answers.note(0, 0.0)
+    cluster.health.note(0, 0.0)
     old.note(-errno.ESHUTDOWN)
     await trio.sleep(100)
     assert len(cluster.attempts) == 1
-    assert cluster.answers.is_connected
+    assert cluster.health.is_connected
 
 
 @with_a_clock

@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from rbdfs.tasks import Unhurried
+from rbdfs.tasks import BackgroundTasks
 from tests.in_trio import in_trio
 
 
@@ -29,49 +29,49 @@ class Work:
 
 @in_trio
 async def test_the_result_or_the_error_is_given_to_who_waits() -> None:
-    unhurried, work = Unhurried(), Work()
+    background, work = BackgroundTasks(), Work()
     work.may_end.set()
-    assert await unhurried.run(work.run, work.drop) == "result"
+    assert await background.run(work.run, work.drop) == "result"
 
     async def fail() -> None:
         raise KeyError("wrong")
 
     with pytest.raises(KeyError):
-        await unhurried.run(fail)
-    await unhurried.wait()
+        await background.run(fail)
+    await background.wait()
     assert work.dropped == []
 
 
 @in_trio
 async def test_a_cancel_ends_the_waiting_alone_and_what_nobody_waits_for_is_dropped_at_the_end() -> None:
-    unhurried, work = Unhurried(), Work()
+    background, work = BackgroundTasks(), Work()
     with trio.move_on_after(0.01) as scope:
-        await unhurried.run(work.run, work.drop)
+        await background.run(work.run, work.drop)
     assert scope.cancelled_caught
     assert work.ended == 0
     work.may_end.set()
-    await unhurried.wait()
+    await background.wait()
     assert (work.ended, work.dropped) == (1, ["result"])
 
 
 @in_trio
 async def test_what_ends_at_the_moment_of_the_cancel_is_dropped_too() -> None:
-    unhurried, work = Unhurried(), Work()
+    background, work = BackgroundTasks(), Work()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(unhurried.run, work.run, work.drop)
+        nursery.start_soon(background.run, work.run, work.drop)
         await trio.testing.wait_all_tasks_blocked()
         work.may_end.set()
         nursery.cancel_scope.cancel()
-    await unhurried.wait()
+    await background.wait()
     assert (work.ended, work.dropped) == (1, ["result"])
 
 
 @in_trio
 async def test_both_the_end_and_the_cancel_that_comes_after_it_leave_nothing_behind() -> None:
-    unhurried, work = Unhurried(), Work()
+    background, work = BackgroundTasks(), Work()
     work.may_end.set()
     with trio.CancelScope() as scope:
         scope.cancel()
-        await unhurried.run(work.run, work.drop)
-    await unhurried.wait()
+        await background.run(work.run, work.drop)
+    await background.wait()
     assert (work.ended, work.dropped) == (1, ["result"])

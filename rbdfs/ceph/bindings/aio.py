@@ -19,8 +19,8 @@ import trio
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph.bindings import librados, librbd
-from rbdfs.ceph.bindings.answers import Answers
-from rbdfs.threads import in_thread, in_thread_to_its_end
+from rbdfs.ceph.bindings.health import ConnectionHealth
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ class Holdable(Protocol):
         """It is not any more."""
 
 
-class Handover:
+class Portal:
     """Carries calls from any thread into the trio thread, in order."""
 
     def __init__(self) -> None:
         """To be made in the trio thread that is to be called."""
-        self.answers = Answers()
+        self.health = ConnectionHealth()
         """What is known of the cluster by what came over here."""
         self._token = trio.lowlevel.current_trio_token()
         self._arrived: deque[Callable[[], None]] = deque()
@@ -60,7 +60,7 @@ class Handover:
             except trio.RunFinishedError:
                 log.debug("a completion arrived after the end")
 
-    async def in_thread(self, user: Holdable, function: Callable[[*Ts], T], *args: *Ts, lane: Hashable = None) -> T:
+    async def run_holding(self, user: Holdable, function: Callable[[*Ts], T], *args: *Ts, lane: Hashable = None) -> T:
         """Call what blocks and uses `user`, in a thread. A cancel abandons the call, and `user` is held to its end."""
         user.hold()
         turn = [user]  # who takes it out of here releases it: the thread, or the cancel if that comes first
@@ -73,7 +73,7 @@ class Handover:
                 self.post(user.release)
 
         try:
-            return await in_thread(call, lane=lane)
+            return await run_in_thread(call, abandon_on_cancel=True, lane=lane)
         except trio.Cancelled:
             with suppress(IndexError):
                 turn.pop().release()
@@ -88,14 +88,14 @@ class Handover:
                 log.exception("a completion could not be delivered")
 
 
-class Answer(Generic[T]):
+class Future(Generic[T]):
     """The one result that a task waits for."""
 
     def __init__(self) -> None:
         self._event = trio.Event()
         self._values: list[T] = []
 
-    def give(self, value: T) -> None:
+    def set(self, value: T) -> None:
         """In the trio thread, once."""
         self._values.append(value)
         self._event.set()
@@ -127,7 +127,7 @@ class LibrbdImage:
         self.watchers = self._image.watchers
         self.invalidate_cache = self._image.invalidate_cache
         self._dispatching = trio.CancelScope()
-        self._held = 0
+        self._holds = 0
         self._idle: trio.Event | None = None
         """Set when nothing is in flight, if somebody waits for that."""
 
@@ -145,11 +145,11 @@ class LibrbdImage:
 
     def hold(self) -> None:
         """Have `wait_until_idle` wait for a `release` as well, for what is no read in flight."""
-        self._held += 1
+        self._holds += 1
 
     def release(self) -> None:
         """What was held for has ended."""
-        self._held -= 1
+        self._holds -= 1
         self._tell_if_idle()
 
     async def wait_until_idle(self) -> None:
@@ -160,7 +160,7 @@ class LibrbdImage:
             await self._idle.wait()
 
     def _is_idle(self) -> bool:
-        return not self._held and not self._image.reads_in_flight
+        return not self._holds and not self._image.reads_in_flight
 
     def _tell_if_idle(self) -> None:
         if self._idle is not None and self._is_idle():
@@ -188,7 +188,7 @@ class LibrbdImage:
         """Close. No read may be in flight. Raises RbdfsError."""
         self._dispatching.cancel()
         try:
-            await in_thread_to_its_end(self._image.close, lane=self.lane)
+            await run_in_thread(self._image.close, lane=self.lane)
         finally:
             os.close(self._event)
 

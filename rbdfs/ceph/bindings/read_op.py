@@ -19,12 +19,12 @@ import trio
 
 from rbdfs.catalog import Namespace
 from rbdfs.ceph.bindings import librados
-from rbdfs.ceph.bindings.aio import Answer, Handover
+from rbdfs.ceph.bindings.aio import Future, Portal
 from rbdfs.ceph.bindings.encoding import NANOSECONDS
 from rbdfs.ceph.bindings.lifetime import ATTEMPTS
 from rbdfs.ceph.errors import reason_of
 from rbdfs.errors import RbdfsError
-from rbdfs.threads import in_thread
+from rbdfs.threads import run_in_thread
 
 OPERATIONS_AT_ONCE: Final = 512
 """To one pool, so that a listing of a large one leaves its OSDs time for reads."""
@@ -201,9 +201,9 @@ _numbers = itertools.count(1)
 class ReadOperations:
     """Sends read operations; to be made, and used, in the trio thread."""
 
-    def __init__(self, handover: Handover, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
+    def __init__(self, portal: Portal, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
         """`ioctx_of` gives one of the connection of now; it raises RbdfsError."""
-        self._handover = handover
+        self._portal = portal
         self._ioctx_of = ioctx_of
         self._in_flight: Counter[Hashable] = Counter()
         """By the lane of the ioctx."""
@@ -248,18 +248,18 @@ class ReadOperations:
         """One operation alone."""
         return (await self.operate((request,)))[0]
 
-    def _send_one(self, request: Request) -> Answer[Reply]:
+    def _send_one(self, request: Request) -> Future[Reply]:
         """Answered by a callback: no thread has to wait for it."""
-        operation, answer, number = _Operation(request), Answer[Reply](), next(_numbers)
+        operation, answer, number = _Operation(request), Future[Reply](), next(_numbers)
         ioctx = request.ioctx
         self._begin(ioctx, 1)
 
         def end(result: int | None = None) -> None:
             reply = operation.finish(result)
             self._ended(ioctx, 1, reply)
-            answer.give(reply)
+            answer.set(reply)
 
-        _under_way[number] = partial(self._handover.post, end)
+        _under_way[number] = partial(self._portal.post, end)
         result = operation.send(self._on_complete, number)
         if result < 0:
             del _under_way[number]
@@ -276,22 +276,22 @@ class ReadOperations:
         ioctx = requests[0].ioctx
         self._begin(ioctx, len(operations))
         results = [operation.send(None, None) for operation in operations]
-        answer = Answer[Sequence[Reply]]()
+        answer = Future[Sequence[Reply]]()
 
         def end() -> None:
             finished = zip(operations, results, strict=True)
             replies = [each.finish(result if result < 0 else None) for each, result in finished]
             self._ended(ioctx, len(operations), replies[-1])
-            answer.give(replies)
+            answer.set(replies)
 
         def wait() -> None:
             for operation, result in zip(operations, results, strict=True):
                 if result >= 0 and not _is_complete(operation.completion):
                     _wait_for_complete(operation.completion)
-            self._handover.post(end)
+            self._portal.post(end)
 
         # Not in this task: a cancel would let go of the memory that librados is writing to.
-        trio.lowlevel.spawn_system_task(partial(in_thread, wait, lane=ioctx.lane))
+        trio.lowlevel.spawn_system_task(partial(run_in_thread, wait, abandon_on_cancel=True, lane=ioctx.lane))
         return await answer.get()
 
     def _begin(self, ioctx: librados.Ioctx, count: int) -> None:

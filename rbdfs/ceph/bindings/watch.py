@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from rbdfs.ceph.bindings import librados
-from rbdfs.ceph.bindings.aio import Answer, Handover
+from rbdfs.ceph.bindings.aio import Future, Portal
 from rbdfs.errors import RbdfsError
 
 _CompleteCallback = CFUNCTYPE(None, c_void_p, c_void_p)
@@ -41,26 +41,24 @@ DEFAULT_TIMEOUT: Final = 0
 class Watch:
     """A watch on an object. All in the trio thread."""
 
-    def __init__(
-        self, ioctx: librados.Ioctx, object_name: str, handover: Handover, on_lost: Callable[[], None]
-    ) -> None:
+    def __init__(self, ioctx: librados.Ioctx, object_name: str, portal: Portal, on_lost: Callable[[], None]) -> None:
         """`take` does this."""
         self._ioctx = ioctx
         self._name = object_name.encode(errors="surrogateescape")
-        self._handover = handover
+        self._portal = portal
         self._on_lost = on_lost
         self._number = next(_numbers)
         self._cookie = c_uint64()
 
     @classmethod
     async def take(
-        cls, ioctx: librados.Ioctx, object_name: str, handover: Handover, on_lost: Callable[[], None]
+        cls, ioctx: librados.Ioctx, object_name: str, portal: Portal, on_lost: Callable[[], None]
     ) -> "Watch":
         """Watch an object. `on_lost` is called in the trio thread when the watch is lost, perhaps more than once.
 
         A cancel gives the watch back as soon as it is had. Raises RbdfsError.
         """
-        watch = cls(ioctx, object_name, handover, on_lost)
+        watch = cls(ioctx, object_name, portal, on_lost)
         ioctx.lifetime.hold()  # until it is given back
         _watches[watch._number] = watch
         answer = watch._send(
@@ -86,17 +84,17 @@ class Watch:
         """End it. A cancel ends the waiting alone. Raises RbdfsError; the watch is gone then, too."""
         del _watches[self._number]
         unwatch = self._send(lambda completion: _aio_unwatch(self._ioctx.pointer, self._cookie, completion))
-        answer = Answer[int]()
+        answer = Future[int]()
         trio.lowlevel.spawn_system_task(self._let_go, unwatch, answer)
         librados.check(await answer.get(), f"cannot end the watch on {self._name.decode(errors='replace')}")
 
-    async def _let_go(self, unwatch: Answer[int], answer: Answer[int]) -> None:
+    async def _let_go(self, unwatch: Future[int], answer: Future[int]) -> None:
         """The connection is not used any more, whether or not somebody still waits for the end of the watch."""
         result = await unwatch.get()
         self._ioctx.lifetime.release()
-        answer.give(result)
+        answer.set(result)
 
-    async def _taken(self, answer: Answer[int]) -> None:
+    async def _taken(self, answer: Future[int]) -> None:
         result = await answer.get()
         if result < 0:
             del _watches[self._number]
@@ -104,28 +102,28 @@ class Watch:
             self._ioctx.lifetime.release()
         librados.check(result, f"cannot watch {self._name.decode(errors='replace')}")
 
-    async def _give_back_when_taken(self, answer: Answer[int]) -> None:
+    async def _give_back_when_taken(self, answer: Future[int]) -> None:
         try:
             await self._taken(answer)
             await self.give_back()
         except RbdfsError:
             pass  # there is none, or the cluster ends it
 
-    def _send(self, start: Callable[[c_void_p], int]) -> Answer[int]:
+    def _send(self, start: Callable[[c_void_p], int]) -> Future[int]:
         """Start an operation with a completion; its result is the answer."""
-        answer, number, completion = Answer[int](), next(_numbers), c_void_p()
+        answer, number, completion = Future[int](), next(_numbers), c_void_p()
         _under_way[number] = partial(self._complete, answer)
         _create_completion(number, _on_complete, byref(completion))
         result = start(completion)
         if result < 0:
             _release(completion)
             _under_way.pop(number)
-            answer.give(result)
+            answer.set(result)
         return answer
 
-    def _complete(self, answer: Answer[int], result: int) -> None:
+    def _complete(self, answer: Future[int], result: int) -> None:
         """In a thread of librados."""
-        self._handover.post(partial(answer.give, result))
+        self._portal.post(partial(answer.set, result))
 
     def acknowledge(self, notification: int, cookie: int) -> None:
         """In a thread of librados: say at once that it was heard."""
@@ -133,7 +131,7 @@ class Watch:
 
     def lose(self) -> None:
         """In a thread of librados."""
-        self._handover.post(self._on_lost)
+        self._portal.post(self._on_lost)
 
 
 # What librados's threads are given is a number: one that stands for nothing any more does no harm.

@@ -18,7 +18,7 @@ import trio
 
 from rbdfs.catalog import Namespace, Pool
 from rbdfs.ceph.bindings import librados
-from rbdfs.ceph.bindings.aio import Handover
+from rbdfs.ceph.bindings.aio import Portal
 from rbdfs.ceph.bindings.lifetime import Lifetime, by_the_newest
 from rbdfs.ceph.bindings.read_op import ReadOperations
 from rbdfs.ceph.connection.connect import ClusterOptions, connect, connect_for_reads
@@ -27,8 +27,8 @@ from rbdfs.ceph.connection.recovery import Recovery
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.metadata.pools import look_at, may_read, rbd_pools
 from rbdfs.errors import ConnectError, RbdfsError
-from rbdfs.tasks import Unhurried
-from rbdfs.threads import forget_lanes, in_thread, in_thread_to_its_end, wait_for_abandoned
+from rbdfs.tasks import BackgroundTasks
+from rbdfs.threads import forget_lanes, run_in_thread, wait_for_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ MONITORS_LANE: Final = -1
 MONITORS_SILENT: Final = (errno.ETIMEDOUT, errno.EACCES)
 """How a question to them ends that they have not answered."""
 
-LANE: Final = "recovery"
+CONNECTION_LANE: Final = "recovery"
 """Of the threads that look after the connection: those that hang take no other's place."""
 
 
@@ -59,12 +59,12 @@ class Connection:
     @classmethod
     async def open(cls, options: ClusterOptions, lifetime: Lifetime) -> "Connection":
         """Connect, by configuration and keyring as they are now. Raises ConnectError."""
-        client = await in_thread(connect, options, lane=LANE)
+        client = await run_in_thread(connect, options, abandon_on_cancel=True, lane=CONNECTION_LANE)
         try:
-            reads = await in_thread_to_its_end(partial(connect_for_reads, client, options, lifetime), lane=LANE)
+            reads = await run_in_thread(partial(connect_for_reads, client, options, lifetime), lane=CONNECTION_LANE)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await in_thread_to_its_end(client.shutdown, lane=LANE)
+                await run_in_thread(client.shutdown, lane=CONNECTION_LANE)
             raise
         return cls(client, reads, lifetime)
 
@@ -106,19 +106,19 @@ class Connection:
 class Connections:
     """The connection of now, and those before it that are still used. All in the trio thread."""
 
-    def __init__(self, options: ClusterOptions, only_pools: frozenset[str], handover: Handover) -> None:
+    def __init__(self, options: ClusterOptions, only_pools: frozenset[str], portal: Portal) -> None:
         """`open` must be called next."""
         self._options = options
         self._only_pools = only_pools
-        self._handover = handover
+        self._portal = portal
         self.current: Connection
         self._probe: Probe
         self.client_ids: set[int] = set()
         """By which others see our watches, also those of connections that were replaced. No id is used again."""
-        self.operations = ReadOperations(handover, self.read_ioctx)
-        self._recovery = Recovery(handover.answers, self._works, self._connect_anew)
+        self.operations = ReadOperations(portal, self.read_ioctx)
+        self._recovery = Recovery(portal.health, self._works, self._connect_anew)
         self._replaced: set[Connection] = set()
-        self._closing = Unhurried()
+        self._closing = BackgroundTasks()
 
     async def open(self) -> None:
         """Connect. Raises ConnectError."""
@@ -151,7 +151,7 @@ class Connections:
             lifetime = connection.lifetime
             lane = MONITORS_LANE if pool_id is None else pool_id
             try:
-                return await self._handover.in_thread(lifetime, prepare(connection), lane=lifetime.lane(lane))
+                return await self._portal.run_holding(lifetime, prepare(connection), lane=lifetime.lane(lane))
             except RbdfsError as error:
                 if pool_id is None and error.errno in MONITORS_SILENT:
                     self._recovery.suspect()
@@ -170,7 +170,7 @@ class Connections:
     def _probe_of(self, connection: Connection) -> Probe:
         async def list_pools() -> list[Pool]:
             ask = partial(rbd_pools, connection.rados, self._only_pools)
-            return await self._handover.in_thread(connection.lifetime, ask, lane=LANE)
+            return await self._portal.run_holding(connection.lifetime, ask, lane=CONNECTION_LANE)
 
         async def is_readable(pool: Pool) -> bool:
             request = look_at(connection.read_ioctx(Namespace(pool)))
@@ -196,7 +196,7 @@ class Connections:
         new = await Connection.open(self._options, Lifetime(self._recovery))
         old = self.current
         self._take(new)
-        self._handover.answers.note(0, monotonic())
+        self._portal.health.note(0, monotonic())
         self._close_when_unused(old)
         old.lifetime.end()
 
@@ -208,7 +208,7 @@ class Connections:
             if connection in self._replaced:
                 self._replaced.remove(connection)
                 forget_lanes(connection.lifetime)
-                self._closing.start(partial(in_thread_to_its_end, connection.close, lane=LANE))
+                self._closing.start(partial(run_in_thread, connection.close, lane=CONNECTION_LANE))
 
         trio.lowlevel.spawn_system_task(close)
 
@@ -218,7 +218,7 @@ class Connections:
         await self._closing.wait()
         last = [*self._replaced, self.current]
         self._replaced.clear()
-        await in_thread_to_its_end(self._close_all, last)
+        await run_in_thread(self._close_all, last)
 
     def _close_all(self, connections: list[Connection]) -> None:
         if not wait_for_abandoned(ABANDONED_SECONDS):

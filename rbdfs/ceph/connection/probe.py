@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from rbdfs.catalog import Pool
-from rbdfs.ceph.bindings.aio import Answer
+from rbdfs.ceph.bindings.aio import Future
 from rbdfs.errors import RbdfsError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Probe:
 
     async def why_not(self) -> Reason:
         """None if the monitors and an OSD answer, and let the key read something, within PROBE_SECONDS."""
-        found: Answer[Reason] = Answer()
+        found: Future[Reason] = Future()
         if not self._is_listing:
             self._is_listing = True
             trio.lowlevel.spawn_system_task(self._list, found)
@@ -45,21 +45,21 @@ class Probe:
             return await found.get()
         return RbdfsError(f"no answer within {PROBE_SECONDS} s", errno.ETIMEDOUT)
 
-    async def _list(self, found: Answer[Reason]) -> None:
+    async def _list(self, found: Future[Reason]) -> None:
         try:
             pools = await self._list_pools()
         except Exception as error:  # out of a system task it would end the mount for everyone
-            found.give(_reason(error))
+            found.set(_reason(error))
         else:
             asked = {pool for pool in pools[:PROBED_POOLS] if pool not in self._asked}
             for pool in asked:
                 self._asked.add(pool)
                 trio.lowlevel.spawn_system_task(self._look, pool, asked, found)
             if not pools:
-                found.give(None)
+                found.set(None)
         self._is_listing = False
 
-    async def _look(self, pool: Pool, waiting: set[Pool], found: Answer[Reason]) -> None:
+    async def _look(self, pool: Pool, waiting: set[Pool], found: Future[Reason]) -> None:
         """`waiting` is what else is asked now."""
         reason: Reason
         try:
@@ -70,7 +70,7 @@ class Probe:
         self._asked.discard(pool)
         waiting.discard(pool)
         if reason is None or not waiting:  # the first that is given counts
-            found.give(reason)
+            found.set(reason)
 
 
 def _reason(error: Exception) -> RbdfsError:

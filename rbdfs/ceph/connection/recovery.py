@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from rbdfs.ceph.bindings.answers import Answers
+from rbdfs.ceph.bindings.health import ConnectionHealth
 from rbdfs.errors import NOTICE, RbdfsError
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,16 @@ class Recovery:
     """Tries a new connection while there is trouble with the present one. All in the trio thread."""
 
     def __init__(
-        self, answers: Answers, works: Callable[[], Awaitable[bool]], connect_anew: Callable[[], Awaitable[None]]
+        self,
+        health: ConnectionHealth,
+        works: Callable[[], Awaitable[bool]],
+        connect_anew: Callable[[], Awaitable[None]],
     ) -> None:
         """`works` says whether the present connection can be used; it does not raise, and ends within seconds.
         `connect_anew` replaces it by one that works, or raises RbdfsError."""
         self.is_on = False
         """Whether anything is tried."""
-        self._answers = answers
+        self._health = health
         self._works = works
         self._connect_anew = connect_anew
         self._is_barred = False
@@ -68,7 +71,7 @@ class Recovery:
 
     def note(self, result: int) -> None:
         """An operation has ended; a negative errno if it has failed."""
-        self._answers.note(result, monotonic())
+        self._health.note(result, monotonic())
         if result not in SIGNS:
             return
         if result == BARRED:
@@ -165,7 +168,7 @@ class Recovery:
             log.log(NOTICE, "the cluster serves this client again, after %.0f s", trio.current_time() - began)
 
     def _has_served_since(self, then: float) -> bool:
-        return self._answers.last_result not in SIGNS and self._answers.last_at >= then
+        return self._health.last_result not in SIGNS and self._health.last_at >= then
 
     async def aclose(self) -> None:
         """Try no more."""

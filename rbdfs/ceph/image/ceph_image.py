@@ -12,7 +12,7 @@ import rbd
 import trio
 
 from rbdfs.catalog import ImageRef
-from rbdfs.ceph.bindings.aio import Handover, LibrbdImage
+from rbdfs.ceph.bindings.aio import LibrbdImage, Portal
 from rbdfs.ceph.bindings.librados import Ioctx
 from rbdfs.ceph.bindings.librbd import Diff
 from rbdfs.ceph.bindings.lifetime import by_the_newest
@@ -26,15 +26,15 @@ from rbdfs.ceph.metadata import header
 from rbdfs.ceph.metadata.object_map import ObjectSet
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from rbdfs.spec import ImageSpec
-from rbdfs.threads import in_thread
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-Held = Callable[[ImageRef], Awaitable[ObjectSet | None]]
-"""Which of an image's objects hold data (`FactsReader.held`)."""
+FindObjects = Callable[[ImageRef], Awaitable[ObjectSet | None]]
+"""Which of an image's objects hold data (`StatReader.objects`)."""
 
 OnRead = Callable[[bytes | RbdfsError], None]
 """As the image's side has it (rbdfs/image/backend.py)."""
@@ -71,9 +71,9 @@ class CephImage:
         spec: ImageSpec,
         image: ImageRef,
         client: HeaderClient,
-        handover: Handover,
+        portal: Portal,
         handles: HandleCache,
-        held: Held,
+        find_objects: FindObjects,
     ) -> None:
         """`open` does this, and opens the image."""
         self.spec = spec
@@ -83,9 +83,9 @@ class CephImage:
         self._is_snapshot = image.snapshot_id is not None
         self._image = image
         self._client = client
-        self._handover = handover
+        self._portal = portal
         self._handles = handles
-        self._held = held
+        self._find_objects = find_objects
         self._show_through = False
         self._opened: Opened
         self._handle: LibrbdImage
@@ -99,17 +99,17 @@ class CephImage:
         spec: ImageSpec,
         image: ImageRef,
         client: HeaderClient,
-        handover: Handover,
+        portal: Portal,
         handles: HandleCache,
-        held: Held,
+        find_objects: FindObjects,
     ) -> "CephImage":
-        """Open the image by `handles`; `held` says what its map does. Raises RbdfsError."""
-        opened = cls(spec, image, client, handover, handles, held)
+        """Open the image by `handles`; `find_objects` says which of its objects hold data. Raises RbdfsError."""
+        opened = cls(spec, image, client, portal, handles, find_objects)
         try:
             await opened._begin()
         except BaseException as error:
             if opened.watch is not None:
-                await handles.unhurried.run(opened.watch.aclose)
+                await handles.background.run(opened.watch.aclose)
             if isinstance(error, RbdfsError):
                 raise RbdfsError(f"cannot open {spec}: {error}", error.errno) from error
             raise
@@ -145,7 +145,7 @@ class CephImage:
             return self._client.ioctx_of(self._image.namespace)
 
         async def take(ioctx: Ioctx) -> tuple[Ioctx, Watch]:
-            return ioctx, await Watch.take(ioctx, header.object_of(self._image), self._handover, on_lost)
+            return ioctx, await Watch.take(ioctx, header.object_of(self._image), self._portal, on_lost)
 
         ioctx, watch = await by_the_newest(current, take)
         if ioctx.lifetime.is_over:  # since it was taken
@@ -261,8 +261,8 @@ class CephImage:
         if result != length:
             self._fail_read(handle, offset, length, callback, attempts, result)
             return
-        answers = self._handover.answers
-        answers.last_result, answers.last_at = result, monotonic()  # as `note`, without a call
+        health = self._portal.health
+        health.last_result, health.last_at = result, monotonic()  # as `note`, without a call
         # An object of HEAD that was removed or cut ends with a zero, but a clone's shows its parent's bytes.
         unit = self.stripe_unit
         if self._is_snapshot or self._show_through or not data[-1] or 0 in data[unit - 1 - offset % unit :: unit]:
@@ -335,7 +335,7 @@ class CephImage:
 
     async def _blocking(self, handle: LibrbdImage, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Call what blocks and uses an open image, in a thread. A cancel abandons it, but `close` waits for it."""
-        return await self._handover.in_thread(handle, function, *args, lane=handle.lane)
+        return await self._portal.run_holding(handle, function, *args, lane=handle.lane)
 
     @property
     def has_map(self) -> bool:
@@ -369,7 +369,7 @@ class CephImage:
 
     async def _check(self) -> Checked:
         """What the image is now. If librbd would open something else by now, it is opened anew. Raises StaleError."""
-        self._handover.answers.revalidations += 1
+        self._portal.health.revalidations += 1
         others: frozenset[int] = frozenset()
         await self._current()
         if not self._is_snapshot and not self._opened.state.own.header.features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
@@ -407,7 +407,7 @@ class CephImage:
             self._adopt(await self._handles.open(self._image, state))
             opened.handle.lifetime.unfollow(self._go_over)
             self._retired[opened.handle] = trio.Event()
-            self._handles.unhurried.start(partial(self._retire, opened.handle))
+            self._handles.background.start(partial(self._retire, opened.handle))
             self._handle.lifetime.follow(self._go_over)
             if opened.handle.lifetime.is_over:  # they may hang there; so they are asked again
                 opened.handle.refuse_reads()
@@ -471,8 +471,10 @@ class CephImage:
             handle = await self._current()
             if self._opened.state.is_migrating:  # librbd aborts the process over some sources (tracker 53786)
                 return [(offset, length)]
-            if self.has_map and (held := await self._held(self._image)):
-                found = await in_thread(_extents, held, self.object_size, offset, offset + length)
+            if self.has_map and (objects := await self._find_objects(self._image)):
+                found = await run_in_thread(
+                    _extents, objects, self.object_size, offset, offset + length, abandon_on_cancel=True
+                )
             else:
                 with translated(f"ask where {self.spec} holds data"):
                     handle, found = await by_the_newest(self._current, ask)
@@ -506,9 +508,9 @@ class CephImage:
             await self.watch.aclose()
 
 
-def _extents(held: ObjectSet, object_size: int, start: int, end: int) -> list[tuple[int, int]]:
+def _extents(objects: ObjectSet, object_size: int, start: int, end: int) -> list[tuple[int, int]]:
     """What holds data of the bytes [start, end): (offset, length) pairs of whole objects."""
-    runs = held.runs(start // object_size, -(-end // object_size))
+    runs = objects.runs(start // object_size, -(-end // object_size))
     return [(first * object_size, (last - first) * object_size) for first, last in runs]
 
 

@@ -14,7 +14,7 @@ from rbdfs.ceph.image.image_state import ImageState
 from rbdfs.ceph.metadata.header import Parent
 from rbdfs.ceph.metadata.object_map import ObjectSet
 from rbdfs.errors import RbdfsError
-from rbdfs.threads import in_thread
+from rbdfs.threads import run_in_thread
 
 Ranges = list[tuple[int, int]]
 """(start, end) pairs of image offsets."""
@@ -39,7 +39,7 @@ class Changes:
         self,
         since: str,
         before: ImageState,
-        held_before: ObjectSet | None,
+        objects_before: ObjectSet | None,
         later: Sequence[tuple[CephImage, ObjectSet | None]],
         kept_bytes: int,
         ask_name: Callable[[], Awaitable[str]],
@@ -49,7 +49,7 @@ class Changes:
         """
         self._since = since
         self._ask_name = ask_name
-        self._later = [(image, either(held_before, held)) for image, held in later]
+        self._later = [(image, either(objects_before, objects)) for image, objects in later]
         first = later[0][0]
         self._anew = [(kept_bytes, first.size)]
         """Also what shows through from another parent than before, or no more."""
@@ -62,11 +62,13 @@ class Changes:
     async def within(self, offset: int, length: int) -> Ranges:
         """What of a range may have changed, in order, on a grid of 4 KiB. Raises RbdfsError."""
         found: Ranges = [(max(start, offset), min(end, offset + length)) for start, end in self._anew]
-        for image, held in self._later:
+        for image, objects in self._later:
             end = min(offset + length, image.size)
             asked = [(offset, end)]
-            if held is not None:
-                asked = await in_thread(asked_about, held, self._object_size, offset, end)
+            if objects is not None:
+                asked = await run_in_thread(
+                    asked_about, objects, self._object_size, offset, end, abandon_on_cancel=True
+                )
             for start, stop in asked:
                 if start < stop:
                     changed = await image.changes(self._since, start, stop - start)
@@ -86,9 +88,9 @@ def either(one: ObjectSet | None, other: ObjectSet | None) -> ObjectSet | None:
     return None if one is None or other is None else one.union(other)
 
 
-def asked_about(held: ObjectSet, object_size: int, start: int, end: int) -> Ranges:
+def asked_about(objects: ObjectSet, object_size: int, start: int, end: int) -> Ranges:
     """What is to be asked about of the bytes [start, end): whole objects of a set, and small gaps between them."""
-    runs = _joined(held.runs(start // object_size, -(-end // object_size)), GAP_OBJECTS)
+    runs = _joined(objects.runs(start // object_size, -(-end // object_size)), GAP_OBJECTS)
     return [(max(start, first * object_size), min(end, last * object_size)) for first, last in runs]
 
 

@@ -11,12 +11,12 @@ from typing import Final
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph.bindings.librbd import Diff
-from rbdfs.ceph.image.ceph_image import CephImage, Held
+from rbdfs.ceph.image.ceph_image import CephImage, FindObjects
 from rbdfs.ceph.image.changes import Ranges, asked_about, either, shown_anew
 from rbdfs.ceph.image.image_state import ImageState
 from rbdfs.ceph.metadata.object_map import ObjectSet
 from rbdfs.errors import RbdfsError, StaleError
-from rbdfs.threads import in_thread
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ class ImageDiff:
         image: CephImage,
         since: str | None,
         before: ImageState | None,
-        held: ObjectSet | None,
+        objects: ObjectSet | None,
         ask_name: Callable[[], Awaitable[str]] | None,
     ) -> None:
         """`since` is the earlier snapshot's name, which `ask_name` asks for again, `before` what its headers say; None
-        is the beginning of time. `held` are the objects that were there at any time, None if that is not known.
+        is the beginning of time. `objects` are the objects that were there at any time, None if that is not known.
         """
         self._image = image
         self._since = since
@@ -48,22 +48,22 @@ class ImageDiff:
         """What shows through from another parent than before, or no more: librbd does not tell of it."""
         period = image.object_size * image.stripe_count
         self._window = max(1, OBJECTS_AT_ONCE // image.stripe_count) * period
-        self._held = held
+        self._objects = objects
         parent = image.state.own.header.parent
         if since is None and parent is not None:
             # Each time, librbd asks for all of the parent's (`DiffIterate::execute`).
             self._window = max(self._window, -(-parent.overlap // period) * period)
-            self._held = None
+            self._objects = None
 
     async def extents(self) -> AsyncGenerator[Sequence[Diff], None]:
         """In order, some at a time: all of an object set, or none. Raises RbdfsError."""
-        window, object_size, held = self._window, self._image.object_size, self._held
-        step = self._size if held is None else OBJECTS_OF_A_MAP_AT_ONCE * object_size
+        window, object_size, objects = self._window, self._image.object_size, self._objects
+        step = self._size if objects is None else OBJECTS_OF_A_MAP_AT_ONCE * object_size
         for position in range(0, self._size, max(1, step)):
             end = min(position + step, self._size)
             asked = [(position, end)]
-            if held is not None:
-                asked = await in_thread(asked_about, held, object_size, position, end)
+            if objects is not None:
+                asked = await run_in_thread(asked_about, objects, object_size, position, end, abandon_on_cancel=True)
             for first, last in asked:
                 start = first
                 while start < last:
@@ -81,21 +81,21 @@ class ImageDiff:
             raise RbdfsError(f"snapshot {self._since} was renamed meanwhile")
 
 
-async def ever_held(
-    held: Held, since: ImageRef | None, image: ImageRef, snapshot_ids: Sequence[int]
+async def objects_ever(
+    find_objects: FindObjects, since: ImageRef | None, image: ImageRef, snapshot_ids: Sequence[int]
 ) -> ObjectSet | None:
     """The objects that an image had at a snapshot, or later, up to another or to now; None if that is not known.
 
     `snapshot_ids` are all that the image has, not its users' alone. Raises RbdfsError.
     """
-    found = await held(image)
+    found = await find_objects(image)
     first = 0 if since is None else since.snapshot_id or 0
     for each in snapshot_ids:
         if found is None:
             break
         if first <= each and (image.snapshot_id is None or each < image.snapshot_id):
             try:
-                found = either(found, await held(replace(image, snapshot_id=each)))
+                found = either(found, await find_objects(replace(image, snapshot_id=each)))
             except RbdfsError as error:
                 log.debug("what snapshot %s of image %s held is not known: %s", each, image.id, error)
                 found = None

@@ -19,8 +19,8 @@ from rbdfs.ceph.bindings.aio import LibrbdImage
 from rbdfs.ceph.bindings.lifetime import by_the_newest
 from rbdfs.ceph.image.image_state import ImageState
 from rbdfs.errors import RbdfsError
-from rbdfs.tasks import Unhurried
-from rbdfs.threads import in_thread_to_its_end
+from rbdfs.tasks import BackgroundTasks
+from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class HandleCache:
         self._open_handle = open_handle
         self._kept: dict[ImageRef, _Kept] = {}  # the first is the first to be closed
         self._is_waiting = False
-        self.unhurried = Unhurried()
+        self.background = BackgroundTasks()
         """What has to end before the connection does."""
 
     def take(self, image: ImageRef) -> Opened | None:
@@ -79,7 +79,7 @@ class HandleCache:
         if kept is None:
             return None
         if kept.opened.handle.lifetime.is_over:
-            self.unhurried.start(partial(self._close, image, kept.opened.handle))
+            self.background.start(partial(self._close, image, kept.opened.handle))
             return None
         return kept.opened
 
@@ -97,7 +97,7 @@ class HandleCache:
             return self._ioctx_of(image.namespace)
 
         async def open_by(ioctx: librados.Ioctx) -> Opened:
-            return await self.unhurried.run(
+            return await self.background.run(
                 partial(self._open_and_start, ioctx, image, state), lambda opened: self._close(image, opened.handle)
             )
 
@@ -106,7 +106,7 @@ class HandleCache:
     async def _open_and_start(self, ioctx: librados.Ioctx, image: ImageRef, state: ImageState) -> Opened:
         ioctx.lifetime.hold()  # until it is closed
         try:
-            opened = await in_thread_to_its_end(self._open, ioctx, image, state, lane=ioctx.lane)
+            opened = await run_in_thread(self._open, ioctx, image, state, lane=ioctx.lane)
         except BaseException:
             ioctx.lifetime.release()
             raise
@@ -136,7 +136,7 @@ class HandleCache:
 
     async def close(self, image: ImageRef, handle: LibrbdImage) -> None:
         """Close what `open` gave, once nothing uses it. A cancel ends the waiting alone; does not raise."""
-        await self.unhurried.run(partial(self._close, image, handle))
+        await self.background.run(partial(self._close, image, handle))
 
     async def _close(self, image: ImageRef, handle: LibrbdImage) -> None:
         await handle.wait_until_idle()
@@ -151,7 +151,7 @@ class HandleCache:
     async def aclose(self) -> None:
         """Close all that is kept, and wait for what is being closed, or opened for somebody who has given up."""
         await self._close_kept(math.inf)
-        await self.unhurried.wait()
+        await self.background.wait()
 
     async def _close_in_time(self) -> None:
         while self._kept:

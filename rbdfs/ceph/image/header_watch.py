@@ -56,7 +56,7 @@ class HeaderWatch:
         return watch
 
     @property
-    def is_held(self) -> bool:
+    def is_active(self) -> bool:
         """Whether it holds off a removal now."""
         return self._watch is not None and self._lost != self._number
 
@@ -68,7 +68,7 @@ class HeaderWatch:
     async def _renew(self, scope: trio.CancelScope) -> None:
         """Take it again, at once and then every second, until it is held, refused or closed."""
         with scope:
-            while self._is_allowed and not self.is_held:
+            while self._is_allowed and not self.is_active:
                 try:
                     self._let_go()
                     if failure := await self._take():

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import trio
 
-from rbdfs.ceph.bindings.aio import Answer
+from rbdfs.ceph.bindings.aio import Future
 from rbdfs.errors import RbdfsError, StaleError
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ class Revalidator:
 
     async def stable_size(self) -> int:
         """As `ask`, for a task that waits."""
-        answer: Answer[int | RbdfsError] = Answer()
-        self.ask(answer.give)
+        answer: Future[int | RbdfsError] = Future()
+        self.ask(answer.set)
         result = await answer.get()
         if isinstance(result, RbdfsError):
             raise result

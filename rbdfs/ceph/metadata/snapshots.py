@@ -11,7 +11,7 @@ from rbdfs.catalog import ImageRef, Namespace
 from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.read_op import ReadOperations, Request
 from rbdfs.ceph.metadata import header
-from rbdfs.ceph.metadata.versioned import Kept
+from rbdfs.ceph.metadata.versioned import VersionedCache
 
 KEPT_FROM: Final = 16
 """Snapshots of one image. Fewer cost no more than to ask whether they are the same."""
@@ -26,7 +26,7 @@ class SnapshotReader:
     def __init__(self, operations: ReadOperations, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
         self._operations = operations
         self._ioctx_of = ioctx_of
-        self._known: Kept[ImageRef, dict[str, ImageRef]] = Kept(KEPT_AT_MOST)
+        self._known: VersionedCache[ImageRef, dict[str, ImageRef]] = VersionedCache(KEPT_AT_MOST)
 
     async def by_name(self, image: ImageRef) -> dict[str, ImageRef]:
         """The user's snapshots of a HEAD, the oldest first; not to be changed. Raises RbdfsError."""

@@ -13,14 +13,14 @@ from itertools import islice
 
 import trio
 
-from rbdfs.catalog import ImageFacts, ImageRef, Namespace
+from rbdfs.catalog import ImageRef, ImageStat, Namespace
 from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.encoding import MalformedError
 from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.ceph.metadata import header, object_map, rbd_directory
 from rbdfs.ceph.metadata.header import Header
 from rbdfs.ceph.metadata.object_map import ObjectSet
-from rbdfs.ceph.metadata.versioned import Kept
+from rbdfs.ceph.metadata.versioned import VersionedCache
 from rbdfs.errors import RbdfsError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ ANCESTORS_AT_MOST = 16
 """Generations of parents that are asked for, as many as the kernel's rbd driver takes. A damaged header may name its
 own image as its parent."""
 
-BROKEN = ImageFacts(size=1, used_bytes=1, modified_ns=0)
+BROKEN = ImageStat(size=1, used_bytes=1, modified_ns=0)
 """What is shown of an image that its pool names and that has no header, or none that can be understood. Opening it
 fails; tar archives a file without bytes, or without blocks, without opening it, and so without an error."""
 
@@ -54,19 +54,19 @@ class _Layer:
     """An image, or a parent of one: its header, and what it holds, None where that is not known."""
 
     header: Header
-    held: ObjectSet | None
+    objects: ObjectSet | None
 
 
-class FactsReader:
+class StatReader:
     """Asks for the facts of images."""
 
     def __init__(self, operations: ReadOperations, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
         self._operations = operations
         self._ioctx_of = ioctx_of
-        self._maps: Kept[ImageRef, ObjectSet] = Kept(KEPT_BYTES)
+        self._maps: VersionedCache[ImageRef, ObjectSet] = VersionedCache(KEPT_BYTES)
 
-    async def facts(self, image: ImageRef) -> ImageFacts:
-        """See `Catalog.facts`."""
+    async def stat(self, image: ImageRef) -> ImageStat:
+        """See `Catalog.stat`."""
         found = (await self._batch([image]))[image]
         if isinstance(found, RbdfsError):
             if found.errno in _BROKEN and await self.is_broken(image):
@@ -74,21 +74,21 @@ class FactsReader:
             raise found
         return found
 
-    async def held(self, image: ImageRef) -> ObjectSet | None:
+    async def objects(self, image: ImageRef) -> ObjectSet | None:
         """Which of its objects hold data, its parents' included as they show through; None where that is not known by
         maps, and of a striped image, whose bytes lie in its objects in another order. Raises RbdfsError."""
         layer = (await self._layered([image]))[image]
         if isinstance(layer, RbdfsError):
             raise layer
-        return None if layer.header.is_striped else layer.held
+        return None if layer.header.is_striped else layer.objects
 
     async def is_broken(self, image: ImageRef) -> bool:
         """Whether an image without a header has a name all the same. Raises RbdfsError."""
         return bool(await self._still_named([image]))
 
-    async def facts_of_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageFacts | None]:
-        """See `Catalog.facts_of_all`."""
-        facts: dict[ImageRef, ImageFacts | None] = {}
+    async def stat_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageStat | None]:
+        """See `Catalog.stat_all`."""
+        facts: dict[ImageRef, ImageStat | None] = {}
         waiting = iter(images)
 
         async def ask() -> None:
@@ -100,10 +100,10 @@ class FactsReader:
                 nursery.start_soon(ask)
         return facts
 
-    async def _ask(self, images: Sequence[ImageRef], facts: dict[ImageRef, ImageFacts | None]) -> None:
+    async def _ask(self, images: Sequence[ImageRef], facts: dict[ImageRef, ImageStat | None]) -> None:
         missing = []
         for image, found in (await self._batch(images)).items():
-            if isinstance(found, ImageFacts):
+            if isinstance(found, ImageStat):
                 facts[image] = found
             elif found.errno in _BROKEN:
                 missing.append(image)
@@ -125,7 +125,7 @@ class FactsReader:
         namespace = heads[0].namespace
         return await rbd_directory.still_named(self._operations, self._ioctx_of(namespace), namespace, heads)
 
-    async def _batch(self, images: Sequence[ImageRef]) -> dict[ImageRef, ImageFacts | RbdfsError]:
+    async def _batch(self, images: Sequence[ImageRef]) -> dict[ImageRef, ImageStat | RbdfsError]:
         layers = await self._layered(images)
         return {image: _facts(layer) if isinstance(layer, _Layer) else layer for image, layer in layers.items()}
 
@@ -179,20 +179,20 @@ class FactsReader:
         if loaded.result < 0 or loaded.calls[0][0] < 0:
             return
         try:
-            held = object_map.decode(loaded.calls[0][1])
+            objects = object_map.decode(loaded.calls[0][1])
         except MalformedError as error:
             log.warning("%s cannot be understood, so the image looks full: %s", object_map.object_of(image), error)
             return
-        maps[image] = held
-        if held.slots >= KEPT_FROM_OBJECTS:
-            self._maps.keep(image, loaded.version, held, held.slots // object_map.OBJECTS_A_BYTE)
+        maps[image] = objects
+        if objects.slots >= KEPT_FROM_OBJECTS:
+            self._maps.keep(image, loaded.version, objects, objects.slots // object_map.OBJECTS_A_BYTE)
 
     async def _lay_parents_under(self, layers: Iterable[_Layer | RbdfsError], ancestors: int) -> None:
         """`ancestors`: of how many generations; a clone of more looks full."""
         clones = [
-            (each, each.held, each.header.parent)
+            (each, each.objects, each.header.parent)
             for each in layers
-            if isinstance(each, _Layer) and each.held is not None and each.header.parent is not None
+            if isinstance(each, _Layer) and each.objects is not None and each.header.parent is not None
         ]
         if not clones:
             return
@@ -200,37 +200,37 @@ class FactsReader:
         if ancestors:
             parents = await self._layers(list({parent.image for _, _, parent in clones}))
             await self._lay_parents_under(parents.values(), ancestors - 1)
-        for clone, held, parent in clones:
-            clone.held, below, top = None, parents.get(parent.image), clone.header
+        for clone, objects, parent in clones:
+            clone.objects, below, top = None, parents.get(parent.image), clone.header
             # An error: a parent that the key may not read. With other stripes, objects of one number hold other bytes,
             # and with any, the overlap ends in several objects.
             if (
                 isinstance(below, _Layer)
-                and below.held is not None
+                and below.objects is not None
                 and below.header.object_size == top.object_size
                 and not (top.is_striped or below.header.is_striped)
             ):
-                clone.held = held.over(below.held, -(-min(parent.overlap, top.size) // top.object_size))
+                clone.objects = objects.over(below.objects, -(-min(parent.overlap, top.size) // top.object_size))
 
 
 _LOAD = (Call(b"object_map_load"),)
 
 
-def _layer(image: ImageRef, held: ObjectSet | None, reply: Reply) -> _Layer | RbdfsError:
+def _layer(image: ImageRef, objects: ObjectSet | None, reply: Reply) -> _Layer | RbdfsError:
     try:
         found = header.decode(image, reply)
     except RbdfsError as error:
         return error
     # One that is too short was made for a smaller image.
-    if held is not None and (not found.map_is_valid or held.slots * found.object_size < found.size):
-        held = None
-    return _Layer(found, held)
+    if objects is not None and (not found.map_is_valid or objects.slots * found.object_size < found.size):
+        objects = None
+    return _Layer(found, objects)
 
 
-def _facts(layer: _Layer) -> ImageFacts:
-    found, held = layer.header, layer.held
-    return ImageFacts(
+def _facts(layer: _Layer) -> ImageStat:
+    found, objects = layer.header, layer.objects
+    return ImageStat(
         size=found.size,
-        used_bytes=found.size if held is None else min(found.size, held.count * found.object_size),
+        used_bytes=found.size if objects is None else min(found.size, objects.count * found.object_size),
         modified_ns=found.modified_ns,
     )

@@ -9,7 +9,7 @@ SILENT_SECONDS: Final = 5.0
 
 
 @dataclass(slots=True)
-class Answers:
+class ConnectionHealth:
     """Kept where answers come over the thread boundary. Times are those of time.monotonic()."""
 
     last_result: int = 0
