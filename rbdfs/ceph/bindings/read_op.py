@@ -198,6 +198,15 @@ _under_way: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count(1)
 
 
+def _completed(_completion: int, number: int) -> None:
+    """In a thread of librados: hand over, and leave."""
+    _under_way.pop(number)()
+
+
+# Of the module, not of whoever sends: librados calls it for as long as it owes an answer, and returns through it.
+_on_complete = _Callback(_completed)
+
+
 class ReadOperations:
     """Sends read operations; to be made, and used, in the trio thread."""
 
@@ -208,7 +217,6 @@ class ReadOperations:
         self._in_flight: Counter[Hashable] = Counter()
         """By the lane of the ioctx."""
         self._some_ended = trio.Event()
-        self._on_complete = _Callback(self._completed)
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """All at once; the replies are in the order of the requests. Never raises.
@@ -260,15 +268,11 @@ class ReadOperations:
             answer.set(reply)
 
         _under_way[number] = partial(self._portal.post, end)
-        result = operation.send(self._on_complete, number)
+        result = operation.send(_on_complete, number)
         if result < 0:
             del _under_way[number]
             end(result)
         return answer
-
-    def _completed(self, _completion: int, number: int) -> None:
-        """In a thread of librados: hand over, and leave."""
-        _under_way.pop(number)()
 
     async def _send_many(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """A thread waits for all of them: a callback each would have the GIL change hands each time."""
