@@ -1,27 +1,27 @@
 #!/bin/bash
-# Back a pool up to a folder, with a file for each image: a snapshot of the image is taken, what has changed since the
-# last one is written into the file, and older snapshots are removed. Needs no mount.
+# Back up a pool to a folder, one file for each image. Takes a snapshot of the image, writes what has changed since the
+# last one into the file, and removes older snapshots. Needs no mount.
 #
 #   ./examples/backup-incremental.sh [OPTION...] POOL[/NAMESPACE] FOLDER [IMAGE...] [-- EXPORT-OPTION...]
 #
-#   FOLDER              where to: FOLDER/IMAGE.raw. It is for one pool, or one namespace of it
+#   FOLDER              the target: FOLDER/IMAGE.raw. One folder is for one pool, or one namespace of it
 #   IMAGE...            only these [all images of the pool]
-#   --keep N            keep the last N backups as FOLDER/history/IMAGE/SNAPSHOT.raw [0]. Where files can share what they
-#                       have in common (XFS, Btrfs), that is as small and fast as what changes; elsewhere each takes the
-#                       time and the room of a whole copy: better have the file system take snapshots of FOLDER
-#   --snapshots N       leave the newest N snapshots in the cluster [1]; the next backup goes on from the last one
-#   --prefix NAME       what the snapshots are called: NAME-20261127-013000, in UTC [backup]. Of NAME, all but N are
-#                       removed, so each folder for the same pool needs a NAME of its own
-#   --id NAME           as client.NAME [admin]; its key must be one that may take snapshots: mon 'profile rbd'
+#   --keep N            keep the last N backups as FOLDER/history/IMAGE/SNAPSHOT.raw [0]. If files can share blocks (XFS,
+#                       Btrfs), each backup takes the time and room of what changed; on other file systems, of a whole
+#                       copy: then snapshots of FOLDER by the file system are better
+#   --snapshots N       leave the newest N snapshots in the cluster [1]; the next backup starts from the last one
+#   --prefix NAME       how the snapshots are called: NAME-20261127-013000, in UTC [backup]. All but the newest N
+#                       snapshots with this NAME are removed, so each folder for the same pool needs its own NAME
+#   --id NAME           as client.NAME [admin]; its key must be allowed to take snapshots: mon 'profile rbd'
 #                       osd 'profile rbd'
-#   EXPORT-OPTION...    as 'rbdfs export --help' has them: --limit-rate 100M
+#   EXPORT-OPTION...    options of 'rbdfs export --help', such as --limit-rate 100M
 #
-# A file that a backup cannot go on from (somebody wrote to it, the snapshot or the image was removed) is compared with
-# the image as a whole, and the summary says so. What was interrupted, the next run goes on with.
+# If a backup cannot start from a file (somebody wrote to it, or its snapshot or image was removed), all of the file is
+# compared with the image, and the summary says so. The next run continues a backup that was interrupted.
 #
-# Standard output has a line for each image, and the totals. The exit status is for a monitor: 0 all is backed up,
+# Standard output has a line for each image, and the totals. The exit status is for a monitor: 0 everything is backed up,
 # 1 something is not (the others are), 2 wrong usage, 128+N stopped by signal N.
-# rbdfs-backup.timer has it run each night.
+# rbdfs-backup.timer runs it each night.
 set -euo pipefail
 shopt -s nullglob dotglob
 
@@ -48,7 +48,7 @@ misuse() {
     exit 2
 }
 
-# A signal ends the command that runs. What it was for is then seen to as after any failure.
+# A signal ends the command that runs. The script then cleans up as after any other failure.
 stop() {
     stopped=$1
     if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi
@@ -61,7 +61,7 @@ why() {
     echo "${line:-${stopped:+stopped before it began, }exit status $1}"
 }
 
-# Run a command that a signal shall end. $reason is why it failed.
+# Run a command, and end it at a signal. $reason is why it failed.
 run() {
     local status=$stopped
     : >"$work/err"
@@ -78,7 +78,7 @@ run() {
     return "$status"
 }
 
-# Run the rbd command, to its end: else nobody knows what it has done. $reason is why it failed.
+# Run the rbd command to its end, also after a signal: otherwise its effect is unknown. $reason is why it failed.
 rbd_command() {
     rbd "$@" </dev/null >"$work/out" 2>"$work/err" || {
         reason="rbd ${*:1:2}: $(why $?)"
@@ -86,7 +86,7 @@ rbd_command() {
     }
 }
 
-# A list of strings that a Python expression makes of JSON; NUL after each.
+# Evaluate a Python expression on JSON and print the list of strings that it gives, with NUL after each.
 pick() {
     /usr/bin/python3 -Ic '
 import json, os, sys
@@ -96,7 +96,7 @@ for each in eval(sys.argv[1]):
 ' "$1"
 }
 
-# Our snapshots of an image, the oldest first, in $own; not those that somebody has protected.
+# Put our snapshots of an image into $own, the oldest first, without those that are protected.
 list_own() {
     local all each
     own=()
@@ -108,7 +108,8 @@ list_own() {
     done
 }
 
-# What a file's label names, in $held: the snapshot that it was a whole copy of, and those that it may have parts of.
+# Put the snapshots that a file's label names into $held: the one that it was a whole copy of, and those of which it may
+# have parts.
 read_label() {
     local label
     held=()
@@ -118,7 +119,7 @@ read_label() {
         <<<"$label" 2>/dev/null)
 }
 
-# Whether an export to a file has begun that was to make it a copy of a snapshot.
+# Whether an export that makes a file a copy of a snapshot has begun.
 is_begun() {
     [[ ! -e $1.partial ]] || return 0
     read_label "$1"
@@ -141,7 +142,7 @@ update() {
     notes+=("${said[@]#rbdfs: }")
 }
 
-# Copy an image's file, a whole copy of this snapshot, to its history. Nobody writes to it meanwhile.
+# Copy an image's file, which is a whole copy of this snapshot, to its history. Nobody writes to it at this time.
 keep_copy() {
     local file=$1 snapshot=$2 kept=$folder/history/$3 locked status=0
     local new=$kept/$snapshot.raw entries
@@ -166,7 +167,7 @@ keep_copy() {
     ((${#entries[@]} <= keep)) || run rm "${entries[@]:0:${#entries[@]}-keep}"
 }
 
-# One image. $reason is why it failed.
+# Back up one image. $reason is why it failed.
 back_up() {
     local name=$1 image=$where/$1 file=$folder/$1.raw own=() held=() old excess
     if [[ $name == *[/@]* || $name == . || $name == .. ]]; then
@@ -174,7 +175,7 @@ back_up() {
         return 1
     fi
     if [[ ! -e $file && -e $file.partial ]]; then
-        # A first export that did not end: it goes on with the same snapshot only.
+        # A first export that did not end: it can be continued with the same snapshot only.
         list_own "$image" || return 1
         ((${#own[@]} == 0)) || update "$image@${own[-1]}" "$file" || return 1
     fi
@@ -187,7 +188,7 @@ back_up() {
     done
     rbd_command snap create --no-progress "$image@$snapshot" || return 1
     if ! update "$image@$snapshot" "$file"; then
-        # What an export has begun with, the next one needs.
+        # The next export needs the snapshot that this one began with.
         is_begun "$file" "$snapshot" || rbd snap rm --no-progress "$image@$snapshot" >/dev/null 2>&1 ||
             reason+="; $image@$snapshot could not be removed"
         return 1
@@ -243,8 +244,8 @@ trap 'rm -rf "$work"' EXIT
 trap 'stop 130' INT
 trap 'stop 143' TERM HUP
 
-# The lock, and what the folder is for: a file of another pool's image would be written over. An export that a killed
-# run leaves behind holds the lock, too.
+# The lock file also says which pool the folder is for: otherwise the images of another pool would be written over these.
+# An export that a killed run left behind holds the lock, too.
 marker=$folder/.backup-incremental
 exec {lock}>>"$marker"
 flock --nonblock "$lock" || die "another backup to $folder is at work"

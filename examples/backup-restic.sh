@@ -1,14 +1,14 @@
 #!/bin/bash
-# Back images up with restic: of each a snapshot is taken, read and removed. In the repository an image has the same name
-# each time, and what did not change is not stored again.
+# Back up images with restic. Takes a snapshot of each image, reads it, and removes it. An image has the same name in the
+# repository each time, so restic stores only what changed.
 #
-#   export RESTIC_REPOSITORY=... RESTIC_PASSWORD_FILE=...      # as restic has it; once: restic init
+#   export RESTIC_REPOSITORY=... RESTIC_PASSWORD_FILE=...      # as restic wants them; once: restic init
 #   ./examples/backup-restic.sh /mnt/rbdfs/rbd/vm1 /mnt/rbdfs/rbd/vm2
 #
-#   restic snapshots --path /rbd:vm1                           # what there is of it
+#   restic snapshots --path /rbd:vm1                           # the backups of an image
 #   restic dump --path /rbd:vm1 latest /rbd:vm1 >vm1.raw       # get it back
 #
-# The key of the rbd command (CEPH_ARGS, /etc/ceph) must be one that may take snapshots: osd 'profile rbd'.
+# The key of the rbd command (CEPH_ARGS, /etc/ceph) must be allowed to take snapshots: osd 'profile rbd'.
 set -euo pipefail
 
 die() {
@@ -36,7 +36,7 @@ for image in "$@"; do
     snapshot=backup-$(date +%Y%m%d-%H%M%S)-$$
     rbd snap create --no-progress "$name@$snapshot"
     spec=$name@$snapshot
-    # Colons, because restic 0.18.0 takes no name with a folder in it ("unable to save snapshot: open /rbd").
+    # Colons, because restic 0.18.0 accepts no name with a folder in it ("unable to save snapshot: open /rbd").
     restic backup --stdin --stdin-filename "${name//\//:}" <"$image@$snapshot" || failed+=("$name")
     drop_snapshot
 done

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Keep copies of images with rsync: of each a snapshot is taken, copied and removed. A copy is as thin as its image, and
-# where there is an older one, only what differs is written.
+# Keep copies of images with rsync. Takes a snapshot of each image, copies it, and removes it. A copy is as thin as its
+# image. If there is an older copy, only what differs is written.
 #
 #   ./examples/backup-rsync.sh /mnt/rbdfs/rbd/vm1 /mnt/rbdfs/rbd/vm2 /backup
 #
-# The key of the rbd command (CEPH_ARGS, /etc/ceph) must be one that may take snapshots: osd 'profile rbd'.
+# The key of the rbd command (CEPH_ARGS, /etc/ceph) must be allowed to take snapshots: osd 'profile rbd'.
 set -euo pipefail
 
 die() {
@@ -35,7 +35,7 @@ for image in "${@:1:$#-1}"; do
     spec=$name@$snapshot
     copy=$folder/$name
     mkdir -p "$(dirname "$copy")"
-    # --ignore-times: RBD moves an image's time late, so that one which changed can look as if it had not.
+    # --ignore-times: RBD updates an image's time late, so an image that changed can look unchanged.
     rsync --ignore-times --times --sparse --inplace --no-whole-file "$image@$snapshot" "$copy" || failed+=("$name")
     drop_snapshot
 done

@@ -1,10 +1,10 @@
 #!/bin/bash
 # Install rbdfs on Debian 12 or 13: Debian's packages, and a virtual environment with rbdfs, which runs from this checkout.
-# Does only what is not done yet.
+# Does only what is not yet done.
 #
 #   sudo ./examples/install.sh [OPTION...] [DEBIAN-PACKAGE...]
-#   sudo ./examples/install.sh --system [--newest]    for the whole host, without need of this checkout afterwards
-#   sudo ./examples/install.sh --remove               remove what --system put there
+#   sudo ./examples/install.sh --system [--newest]    for the whole host; you can delete this checkout afterwards
+#   sudo ./examples/install.sh --remove               remove what --system installed
 #
 #   DEBIAN-PACKAGE...   install these as well
 #   --venv FOLDER       the virtual environment [.venv]
@@ -13,9 +13,9 @@
 #
 # Then .venv/bin/rbdfs is there, on any host that reaches a Ceph cluster.
 #
-# --system puts a virtual environment in /opt/rbdfs, and where the system looks for them: /usr/local/bin/rbdfs, the mount
-# helper for fstab, the systemd unit, the man page, and completion for bash, zsh and fish. Called again, it upgrades:
-# mounts that run stay with the version that they were started with. It is removed by the first upgrade after their end.
+# --system makes a virtual environment in /opt/rbdfs and installs /usr/local/bin/rbdfs, the mount helper for fstab, the
+# systemd unit, the man page, and completion for bash, zsh and fish. Called again, it upgrades. Running mounts keep their
+# version; the first upgrade after they have ended removes it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +28,7 @@ packages=(
     python3-pyfuse3 python3-trio
     python3-tqdm                 # the progress bar of an export
     python3-prometheus-client    # the figures of --metrics
-    python3-systemd              # the journal, with levels and images as fields; rbdfs runs without it, too
+    python3-systemd              # the journal, with levels and images as fields; optional
     fuse3                        # fusermount3: to mount without root
     python3-venv
 )
@@ -61,7 +61,7 @@ install_packages() {
     run "${apt[@]}" install --yes --no-install-recommends "${missing[@]}" >/dev/null # its hundreds of lines
 }
 
-# A virtual environment names its own place, and rbdfs's: moved or copied, it is of no use.
+# A virtual environment contains its own path, and that of rbdfs: moved or copied, it does not work.
 is_made_here() {
     [[ -e $venv/rbdfs-checkout && $(<"$venv/rbdfs-checkout") == "$venv $PWD" ]] && "$venv/bin/python" -c '' 2>/dev/null
 }
@@ -75,7 +75,7 @@ is_current() {
 }
 
 make_venv() {
-    # By the system's Python, whichever python3 is first on PATH: no other sees Debian's modules.
+    # With the system's Python, even if another python3 is first on PATH: only it sees Debian's modules.
     is_made_here || run /usr/bin/python3 -m venv --clear --system-site-packages "$venv"
     run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --upgrade --editable "$checkout" "${from_pypi[@]}"
@@ -113,15 +113,15 @@ make_folder() {
     run mkdir "$1"
 }
 
-# Never writes into a file that is there: somebody may be running it.
+# Never writes into an existing file: somebody may be running it.
 put() {
     make_folder "$(dirname "$3")"
     note "$3"
     run install -m "$1" "$2" "$3"
 }
 
-# The processes that run a program in a folder: Python is called by the path of its virtual environment. In a container
-# the same path may be another folder.
+# The processes that run a program in a folder: Python is called by the path of its virtual environment. The same path
+# may be another folder in a container.
 users_of() {
     local process program
     for process in /proc/[0-9]*; do
@@ -166,7 +166,7 @@ install_system() {
     trap 'exit 143' TERM HUP
     source=$(mktemp -d) # pip builds in it, and would take what an earlier build left
     cp -r pyproject.toml README.md LICENSE rbdfs "$source"
-    # A folder of its own: processes that run load modules from theirs when they need them.
+    # Each version has its own folder: running processes still load modules from theirs.
     new_version=$opt/$(date +%Y%m%dT%H%M%S)
     run /usr/bin/python3 -m venv --system-site-packages "$new_version"
     run "$new_version/bin/python" -m pip install --quiet --disable-pip-version-check \

@@ -1,10 +1,10 @@
 #!/bin/bash
-# From a bare Debian 12 or 13 to disk images as files: installs rbdfs, starts a real single-node Ceph to try it on, imports a
-# disk image, and copies it out of the mount with cp, dd and rsync. Prints each command before it runs it.
+# From a bare Debian 12 or 13 to disk images as files. Installs rbdfs, starts a real single-node Ceph to try it on, imports
+# a disk image, and copies it out of the mount with cp, dd and rsync. Prints each command before it runs it.
 #
-#   sudo ./examples/quickstart.sh                all that; called again, it goes on with what is there
-#   sudo ./examples/quickstart.sh --devcluster   ... also on a host with a Ceph cluster of its own, which is not touched
-#   sudo ./examples/quickstart.sh down           unmount, stop Ceph and remove all but the packages and .venv
+#   sudo ./examples/quickstart.sh                all of that; called again, it continues with what is there
+#   sudo ./examples/quickstart.sh --devcluster   ... also on a host that has a Ceph cluster, which is not touched
+#   sudo ./examples/quickstart.sh down           unmount, stop Ceph, remove everything except the packages and .venv
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin # which su leaves out, and where mke2fs and losetup are
@@ -161,7 +161,7 @@ take_down() {
     run rm -rf "$folder"
 }
 
-# What an earlier call brought up stays up; what this one did not finish goes.
+# What an earlier call started stays; what this call did not finish is removed.
 finish() {
     local status=$?
     if ((status != 0)); then

@@ -1,16 +1,16 @@
 #!/bin/bash
-# Take files out of a disk image without copying the image: its file in an rbdfs mount becomes a read-only loop device,
-# the file system in it is mounted without replaying its journal, the files are copied and their checksums printed.
-# What was set up is undone at the end, also after a failure.
+# Take files out of a disk image without copying the image. Makes a read-only loop device of its file in an rbdfs mount,
+# mounts the file system in it without replaying its journal, copies the files and prints their checksums.
+# Undoes what it set up at the end, also after a failure.
 #
 #   sudo ./examples/restore-file.sh [OPTION...] IMAGE PATH... FOLDER
 #
-#   IMAGE           the image's file, best of a snapshot: /mnt/rbdfs/rbd/vm1@monday
-#   PATH...         what to copy, as the file system in the image has it: /etc/fstab; a directory with all that is in it
-#   FOLDER          where to; made if it is not there
+#   IMAGE           the image's file, best a snapshot's: /mnt/rbdfs/rbd/vm1@monday
+#   PATH...         what to copy, as a path in the image's file system: /etc/fstab; a directory with everything in it
+#   FOLDER          the target; made if it does not exist
 #   --partition N   the file system is in this partition of the image
-#   --snapshot      take a snapshot of IMAGE first, with the rbd command, and remove it at the end: HEAD of an image that
-#                   is written to meanwhile is no file system that could be relied on
+#   --snapshot      take a snapshot of IMAGE first, with the rbd command, and remove it at the end: the file system in an
+#                   image that a VM is writing to is not consistent
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -41,14 +41,14 @@ finish() {
     exit $status
 }
 
-# IMAGE as the rbd command calls it, by where its file is in the mount.
+# The name of IMAGE for the rbd command, from the place of its file in the mount.
 spec_of() {
     local mount
     mount=$(findmnt --noheadings --output TARGET --types fuse.rbdfs --target "$1") || die "$1 is not in an rbdfs mount"
     realpath --relative-to="$mount" "$1"
 }
 
-# The options that keep a mount from writing to replay the journal; the device could not be written to.
+# The options that keep a mount from replaying the journal: the device cannot be written to.
 mount_options() {
     case $1 in
         ext3 | ext4) echo ro,noload ;;
