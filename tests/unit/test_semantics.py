@@ -43,3 +43,15 @@ def test_each_line_that_the_readme_explains_is_in_the_code() -> None:
     said = "\n".join([each for each in words if isinstance(each, str)] + [os.strerror(number) for number in range(134)])
     assert len(lines) > 10
     assert [part for part in sorted(parts) if part not in said] == []
+
+
+def test_each_file_that_the_readme_and_the_picture_name_exists() -> None:
+    documents = ("README.md", "examples/path-of-a-byte.svg", "tests/benchmarks/README.md")
+    text = "".join((CHECKOUT / document).read_text() for document in documents)
+    named = set(re.findall(r"[\w/-][\w./-]*\.(?:py|sh|md|svg|json|service|timer)\b", text))
+    folders = [CHECKOUT / "rbdfs", TESTS, CHECKOUT / "examples"]
+    there = [f"/{path}" for folder in folders for path in folder.rglob("*.*")] + [
+        f"/{path}" for path in CHECKOUT.iterdir()
+    ]
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not any(path.endswith(f"/{name.lstrip('/')}") for path in there)] == []
