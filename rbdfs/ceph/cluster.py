@@ -14,7 +14,6 @@ import trio
 
 from rbdfs.catalog import ImageRef, ImageStat, Namespace, Pool, Usage
 from rbdfs.ceph import allocation, clients, placement
-from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.aio import LibrbdImage, Portal, open_in_librbd
 from rbdfs.ceph.bindings.health import ConnectionHealth
 from rbdfs.ceph.bindings.lifetime import by_the_newest
@@ -22,7 +21,7 @@ from rbdfs.ceph.connection.connect import NEEDED_CAPS, ClusterOptions, why_no_os
 from rbdfs.ceph.connection.connections import CONNECTION_LANE, Connection, Connections
 from rbdfs.ceph.errors import translated
 from rbdfs.ceph.image.ceph_image import CephImage
-from rbdfs.ceph.image.changes import Changes
+from rbdfs.ceph.image.changes import Changes, EarlierSnapshot
 from rbdfs.ceph.image.diff import ImageDiff, objects_ever
 from rbdfs.ceph.image.handle_cache import HandleCache
 from rbdfs.ceph.image.image_state import HeaderClient
@@ -55,8 +54,9 @@ class Cluster:
         self._unclear_pools: AbstractSet[int] = frozenset()
         """Those that did not answer at the last listing: the log has a line for each."""
         self._operations = connections.operations
+        self._read_ioctx = connections.read_ioctx
         self._headers = HeaderClient(self._operations, self._read_ioctx, connections.client_ids)
-        self._handles = HandleCache(self._read_ioctx, self._open_handle)
+        self._handles = HandleCache(self._read_ioctx, LibrbdImage)
         self._stat_reader = StatReader(self._operations, self._read_ioctx)
         self._snapshots = SnapshotReader(self._operations, self._read_ioctx)
         self._attributes = AttributeReader(
@@ -250,10 +250,9 @@ class Cluster:
 
         Raises RbdfsError: ENOENT where the snapshot is gone.
         """
-        name = partial(self._snapshot_name, since)
-        before = await self._headers.state(replace(later[0].spec, snapshot=await name()), since)
+        earlier = await self._earlier(since, later[0].spec)
         objects = [(image, await self._stat_reader.objects(image.image)) for image in later]
-        return Changes(await name(), before, await self._stat_reader.objects(since), objects, kept_bytes, name)
+        return Changes(earlier, await self._stat_reader.objects(since), objects, kept_bytes)
 
     async def diff(self, since: ImageRef | None, image: CephImage) -> ImageDiff:
         """What has changed in an image or snapshot since an earlier snapshot, or since it was made.
@@ -265,11 +264,12 @@ class Cluster:
         objects = await objects_ever(
             self._stat_reader.objects, since, image.image, [snapshot.id for snapshot in snapshots]
         )
-        if since is None:
-            return ImageDiff(image, None, None, objects, None)
-        name = partial(self._snapshot_name, since)
-        before = await self._headers.state(replace(image.spec, snapshot=await name()), since)
-        return ImageDiff(image, await name(), before, objects, name)
+        return ImageDiff(image, None if since is None else await self._earlier(since, image.spec), objects)
+
+    async def _earlier(self, snapshot: ImageRef, later: ImageSpec) -> EarlierSnapshot:
+        name = await self._snapshot_name(snapshot)
+        state = await self._headers.state(replace(later, snapshot=name), snapshot)
+        return EarlierSnapshot(name, state, partial(self._snapshot_name, snapshot))
 
     async def _snapshot_name(self, snapshot: ImageRef) -> str:
         """What it is called now. Raises RbdfsError."""
@@ -277,10 +277,6 @@ class Cluster:
             if snapshot == other:
                 return name
         raise RbdfsError(f"snapshot {snapshot.snapshot_id} of image {snapshot.id} was removed", errno.ENOENT)
-
-    def _open_handle(self, ioctx: librados.Ioctx, image: ImageRef) -> LibrbdImage:
-        """Blocks; raises RbdfsError."""
-        return LibrbdImage(ioctx, image)
 
     def _pool_name_known(self, pool_id: int) -> str:
         """Raises rados's errors."""
@@ -319,6 +315,3 @@ class Cluster:
             raise ConnectError(f"{self._name} may not read pool {', '.join(refused)}; it needs the caps {NEEDED_CAPS}")
         if not pools:
             log.warning("there is no pool with the application rbd, so there is nothing to show yet")
-
-    def _read_ioctx(self, namespace: Namespace) -> librados.Ioctx:
-        return self._connections.read_ioctx(namespace)

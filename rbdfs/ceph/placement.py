@@ -5,8 +5,6 @@ The first step is arithmetic, the same as Ceph's: `pg_pool_t::hash_key` and `raw
 they are asked once for each placement group, and not, as `ceph osd map` does, for each object.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 
 import rados
 
-from rbdfs.errors import RbdfsError
+from rbdfs.ceph.metadata.monitors import ask_monitors
 
 MONITOR_SECONDS = 30
 """How long an answer of the monitors is waited for."""
@@ -88,16 +86,12 @@ def placements(
 
     Blocks. `mon 'profile rbd'` may ask for these. Raises RbdfsError.
     """
-    pools = _ask_monitors(client, "osd dump")["pools"]
+    pools = _ask(client, "osd dump")["pools"]
     groups = PlacementGroups(pool_id, next(pool["pg_num"] for pool in pools if pool["pool"] == pool_id))
     group_of = {name: groups.of(name, namespace) for name in object_names}
-    acting = {group: _ask_monitors(client, "pg map", pgid=group)["acting"] for group in set(group_of.values())}
+    acting = {group: _ask(client, "pg map", pgid=group)["acting"] for group in set(group_of.values())}
     return {name: (group, acting[group]) for name, group in group_of.items()}
 
 
-def _ask_monitors(client: rados.Rados, prefix: str, **arguments: str) -> Any:
-    command = json.dumps({"prefix": prefix, "format": "json", **arguments})
-    result, answer, said = client.mon_command(command, b"", MONITOR_SECONDS)
-    if result:
-        raise RbdfsError(f"the monitors do not answer '{prefix}': {said or os.strerror(-result)}", -result)
-    return json.loads(answer)
+def _ask(client: rados.Rados, command: str, **arguments: str) -> Any:
+    return ask_monitors(client, f"ask the monitors '{command}'", command, timeout=MONITOR_SECONDS, **arguments)

@@ -241,9 +241,6 @@ def counted(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> WithCounted:
 
     @contextlib.asynccontextmanager
     async def connected() -> AsyncIterator[Counted]:
-        cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf))
-        counts = Counted(cluster, Namespace(await cluster.pool("rbd")))
-
         def open_counted(ioctx: Ioctx, image: ImageRef) -> LibrbdImage:
             handle = LibrbdImage(ioctx, image)
             close = handle.aclose
@@ -257,6 +254,8 @@ def counted(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> WithCounted:
             return handle
 
         monkeypatch.setattr(rbdfs.ceph.cluster, "LibrbdImage", open_counted)
+        cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf))
+        counts = Counted(cluster, Namespace(await cluster.pool("rbd")))
         try:
             yield counts
         finally:

@@ -24,7 +24,7 @@ from tests.fake_recovery import lifetime
 from tests.in_trio import in_trio
 
 NOBODY: frozenset[Locker] = frozenset()
-INFO = ImageInfo(1 << 30, 22, 1 << 22, 1, 61, 0, "rbd_data.1")
+INFO = ImageInfo(1 << 30, 1 << 22, 1 << 22, 1)
 
 
 class FakeHandle(LibrbdImage):

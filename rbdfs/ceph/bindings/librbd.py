@@ -41,7 +41,7 @@ _WATCHERS_AT_FIRST = 16
 
 
 class _ImageInfo(ctypes.Structure):
-    """`rbd_image_info_t`; after `order` only the object prefix is still in use."""
+    """`rbd_image_info_t`."""
 
     _fields_ = (
         ("size", c_uint64),
@@ -72,8 +72,6 @@ _rbd_open_read_only = bind(_librbd, "rbd_open_read_only", c_int, *_OPEN)
 _rbd_snap_set_by_id = bind(_librbd, "rbd_snap_set_by_id", c_int, c_void_p, c_uint64)
 _rbd_close = bind(_librbd, "rbd_close", c_int, c_void_p)
 _rbd_stat = bind(_librbd, "rbd_stat", c_int, c_void_p, POINTER(_ImageInfo), c_size_t)
-_rbd_get_features = bind(_librbd, "rbd_get_features", c_int, c_void_p, POINTER(c_uint64))
-_rbd_get_flags = bind(_librbd, "rbd_get_flags", c_int, c_void_p, POINTER(c_uint64))
 _rbd_get_stripe_unit = bind(_librbd, "rbd_get_stripe_unit", c_int, c_void_p, POINTER(c_uint64))
 _rbd_get_stripe_count = bind(_librbd, "rbd_get_stripe_count", c_int, c_void_p, POINTER(c_uint64))
 _rbd_watchers_list = bind(_librbd, "rbd_watchers_list", c_int, c_void_p, POINTER(_Watcher), POINTER(c_size_t))
@@ -99,15 +97,12 @@ _rbd_aio_release = bind(_librbd_short, "rbd_aio_release", None, c_void_p)
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What librbd says of an open image. Sizes in bytes; an object has `1 << order` bytes."""
+    """Size and layout of an open image, as librbd knows them. Sizes in bytes."""
 
     size: int
-    order: int
+    object_size: int
     stripe_unit: int
     stripe_count: int
-    features: int
-    flags: int
-    object_prefix: str
 
 
 class Diff(NamedTuple):
@@ -197,26 +192,16 @@ class Image:
         self._in_flight.clear()
         check(result, f"cannot close image {self._name}")
 
-    def flags(self) -> int:
-        """`rbd.RBD_FLAG_*`: whether object map and fast-diff are invalid.
-
-        Blocking: asks the cluster if the header has changed.
-        """
-        return self._get(_rbd_get_flags, "the flags")
-
     def info(self) -> ImageInfo:
-        """Size, layout, features and flags; blocking, as `flags`."""
+        """Size and layout; blocking: librbd asks the cluster if the header has changed."""
         stat = _ImageInfo()
         result = _rbd_stat(self._handle, byref(stat), ctypes.sizeof(stat))
         check(result, f"cannot stat image {self._name}")
         return ImageInfo(
             size=stat.size,
-            order=stat.order,
+            object_size=1 << stat.order,
             stripe_unit=self._get(_rbd_get_stripe_unit, "the stripe unit"),
             stripe_count=self._get(_rbd_get_stripe_count, "the stripe count"),
-            features=self._get(_rbd_get_features, "the features"),
-            flags=self.flags(),
-            object_prefix=stat.block_name_prefix.decode(errors="surrogateescape"),
         )
 
     def invalidate_cache(self) -> None:

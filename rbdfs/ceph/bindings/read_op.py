@@ -22,7 +22,6 @@ from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.aio import Future, Portal
 from rbdfs.ceph.bindings.encoding import NANOSECONDS
 from rbdfs.ceph.bindings.lifetime import ATTEMPTS
-from rbdfs.ceph.errors import reason_of
 from rbdfs.errors import RbdfsError
 from rbdfs.threads import run_in_thread
 
@@ -114,11 +113,15 @@ class Reply(NamedTuple):
     version: int = 0
     """The object's, which moves with each write to it."""
 
+    def check(self, what: str) -> None:
+        """Raise RbdfsError (`cannot <what>: <reason>`) if the whole operation failed."""
+        librados.check(self.result, f"cannot {what}")
+
     def answer(self, number: int, what: str) -> bytes:
         """The answer of a call. Raises RbdfsError with its errno, or with that of the whole operation."""
-        result, answer = self.calls[number] if self.result >= 0 else (self.result, b"")
-        if result < 0:
-            raise RbdfsError(f"cannot {what}: {reason_of(-result)}", -result)
+        self.check(what)
+        result, answer = self.calls[number]
+        librados.check(result, f"cannot {what}")
         return answer
 
 

@@ -195,7 +195,7 @@ class CephImage:
         self._opened = opened
         self._handle = opened.handle
         self.size = opened.info.size
-        self.object_size = 1 << opened.info.order
+        self.object_size = opened.info.object_size
         self.stripe_unit = opened.info.stripe_unit
         self.stripe_count = opened.info.stripe_count
         # For good: reads of before it was flattened may still be under way.

@@ -7,6 +7,7 @@ there is taken from them, as everywhere: what is there neither before nor after 
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from rbdfs.ceph.image.ceph_image import CephImage
@@ -32,29 +33,40 @@ GAP_BYTES: Final = 32 << 10
 """Unchanged bytes between two changes: so many cost less than another read."""
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierSnapshot:
+    """What an image is compared with. librbd takes it by its name."""
+
+    name: str
+    state: ImageState
+    ask_name: Callable[[], Awaitable[str]]
+    """What the snapshot is called now."""
+
+    async def confirm(self) -> None:
+        """Raise RbdfsError if the snapshot was renamed or removed: the name may be another's now."""
+        if await self.ask_name() != self.name:
+            raise RbdfsError(f"snapshot {self.name} was renamed meanwhile")
+
+
 class Changes:
     """What has changed since a snapshot, up to each of some later ones: the copy may hold parts of any of them."""
 
     def __init__(
         self,
-        since: str,
-        before: ImageState,
+        since: EarlierSnapshot,
         objects_before: ObjectSet | None,
         later: Sequence[tuple[CephImage, ObjectSet | None]],
         kept_bytes: int,
-        ask_name: Callable[[], Awaitable[str]],
     ) -> None:
-        """`since` is the earlier snapshot's name, which `ask_name` asks for again, `before` what its headers say. The
-        sets are the objects that a snapshot may have, None if that is not known. Beyond `kept_bytes` all has changed.
-        """
+        """The sets are the objects that a snapshot may have, None if that is not known. Everything beyond `kept_bytes`
+        has changed."""
         self._since = since
-        self._ask_name = ask_name
         self._later = [(image, either(objects_before, objects)) for image, objects in later]
         first = later[0][0]
         self._anew = [(kept_bytes, first.size)]
         """Also what shows through from another parent than before, or no more."""
         for image, _ in later:
-            self._anew += shown_anew(before, image.state)
+            self._anew += shown_anew(since.state, image.state)
         self._object_size = first.object_size
         self.window = OBJECTS_AT_ONCE * first.object_size * first.stripe_count
         """Bytes, as many as should be asked about at once."""
@@ -64,14 +76,9 @@ class Changes:
         found: Ranges = [(max(start, offset), min(end, offset + length)) for start, end in self._anew]
         for image, objects in self._later:
             end = min(offset + length, image.size)
-            asked = [(offset, end)]
-            if objects is not None:
-                asked = await run_in_thread(
-                    asked_about, objects, self._object_size, offset, end, abandon_on_cancel=True
-                )
-            for start, stop in asked:
+            for start, stop in await to_ask(objects, self._object_size, offset, end):
                 if start < stop:
-                    changed = await image.changes(self._since, start, stop - start)
+                    changed = await image.changes(self._since.name, start, stop - start)
                     found += [(each.offset, each.offset + each.length) for each in changed]
         return _on_the_grid(found, offset, offset + length)
 
@@ -79,8 +86,7 @@ class Changes:
         """All snapshots are still what they were when their objects were asked. Raises RbdfsError."""
         for image, _ in self._later:
             await image.refresh()
-        if await self._ask_name() != self._since:
-            raise RbdfsError(f"snapshot {self._since} was renamed meanwhile")
+        await self._since.confirm()
 
 
 def either(one: ObjectSet | None, other: ObjectSet | None) -> ObjectSet | None:
@@ -88,8 +94,15 @@ def either(one: ObjectSet | None, other: ObjectSet | None) -> ObjectSet | None:
     return None if one is None or other is None else one.union(other)
 
 
-def asked_about(objects: ObjectSet, object_size: int, start: int, end: int) -> Ranges:
-    """What is to be asked about of the bytes [start, end): whole objects of a set, and small gaps between them."""
+async def to_ask(objects: ObjectSet | None, object_size: int, start: int, end: int) -> Ranges:
+    """Of the bytes [start, end), those to ask the objects about: all if `objects` is not known."""
+    if objects is None:
+        return [(start, end)]
+    return await run_in_thread(_with_small_gaps, objects, object_size, start, end, abandon_on_cancel=True)
+
+
+def _with_small_gaps(objects: ObjectSet, object_size: int, start: int, end: int) -> Ranges:
+    """The bytes of the objects of a set, and of small gaps between them."""
     runs = _joined(objects.runs(start // object_size, -(-end // object_size)), GAP_OBJECTS)
     return [(max(start, first * object_size), min(end, last * object_size)) for first, last in runs]
 

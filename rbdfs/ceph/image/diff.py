@@ -5,18 +5,16 @@ never there, and is not asked for: it cannot have changed.
 """
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Final
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph.bindings.librbd import Diff
 from rbdfs.ceph.image.ceph_image import CephImage, FindObjects
-from rbdfs.ceph.image.changes import Ranges, asked_about, either, shown_anew
-from rbdfs.ceph.image.image_state import ImageState
+from rbdfs.ceph.image.changes import EarlierSnapshot, Ranges, either, shown_anew, to_ask
 from rbdfs.ceph.metadata.object_map import ObjectSet
 from rbdfs.errors import RbdfsError, StaleError
-from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +30,15 @@ class ImageDiff:
     def __init__(
         self,
         image: CephImage,
-        since: str | None,
-        before: ImageState | None,
+        since: EarlierSnapshot | None,
         objects: ObjectSet | None,
-        ask_name: Callable[[], Awaitable[str]] | None,
     ) -> None:
-        """`since` is the earlier snapshot's name, which `ask_name` asks for again, `before` what its headers say; None
-        is the beginning of time. `objects` are the objects that were there at any time, None if that is not known.
-        """
+        """Without `since`, all that was ever written counts. `objects` are those that were there at any time since,
+        None if that is not known."""
         self._image = image
         self._since = since
-        self._ask_name = ask_name
         self._size = image.size
-        self.unlisted: Ranges = [] if before is None else shown_anew(before, image.state)
+        self.unlisted: Ranges = [] if since is None else shown_anew(since.state, image.state)
         """What shows through from another parent than before, or no more: librbd does not tell of it."""
         period = image.object_size * image.stripe_count
         self._window = max(1, OBJECTS_AT_ONCE // image.stripe_count) * period
@@ -58,17 +52,15 @@ class ImageDiff:
     async def extents(self) -> AsyncGenerator[Sequence[Diff], None]:
         """In order, some at a time: all of an object set, or none. Raises RbdfsError."""
         window, object_size, objects = self._window, self._image.object_size, self._objects
+        name = None if self._since is None else self._since.name
         step = self._size if objects is None else OBJECTS_OF_A_MAP_AT_ONCE * object_size
         for position in range(0, self._size, max(1, step)):
             end = min(position + step, self._size)
-            asked = [(position, end)]
-            if objects is not None:
-                asked = await run_in_thread(asked_about, objects, object_size, position, end, abandon_on_cancel=True)
-            for first, last in asked:
+            for first, last in await to_ask(objects, object_size, position, end):
                 start = first
                 while start < last:
                     stop = min(last, start - start % window + window)
-                    yield await self._image.changes(self._since, start, stop - start)
+                    yield await self._image.changes(name, start, stop - start)
                     start = stop
         await self._confirm()
 
@@ -77,8 +69,8 @@ class ImageDiff:
         size = await self._image.refresh()
         if size < self._size:
             raise StaleError(f"the image was shrunk from {self._size} to {size} bytes meanwhile")
-        if self._ask_name is not None and await self._ask_name() != self._since:
-            raise RbdfsError(f"snapshot {self._since} was renamed meanwhile")
+        if self._since is not None:
+            await self._since.confirm()
 
 
 async def objects_ever(

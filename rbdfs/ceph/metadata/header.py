@@ -18,7 +18,6 @@ from rbdfs.catalog import ImageRef, Namespace, Pool
 from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.encoding import MalformedError, Reader, understood
 from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Reply, Request
-from rbdfs.ceph.errors import reason_of
 from rbdfs.errors import RbdfsError
 
 HEAD: Final = 2**64 - 2
@@ -199,8 +198,7 @@ def is_users_snapshot(image: ImageRef, reply: Reply) -> bool:
 
 
 def _decode_head(image: ImageRef, reply: Reply) -> Header:
-    if reply.result < 0:
-        raise RbdfsError(f"cannot read the header {object_of(image)}: {reason_of(-reply.result)}", -reply.result)
+    reply.check(f"read the header {object_of(image)}")
     order, size, features, flags, modified, parent = map(reply.values.get, _KEYS)
     if order is None or size is None or features is None:
         raise RbdfsError(f"the header {object_of(image)} is not complete", errno.ENOENT)
@@ -264,8 +262,7 @@ def _decode_parent(reply: Reply, overlap: Reader) -> Parent | None:
 
 def _decode_format_1(image: ImageRef, reply: Reply) -> Header:
     what = f"read the header {object_of(image)}"
-    if reply.result < 0:
-        raise RbdfsError(f"cannot {what}: {reason_of(-reply.result)}", -reply.result)
+    reply.check(what)
     ondisk = Reader(reply.data)
     if not ondisk.raw(_FORMAT_1_TEXT_BYTES).startswith(FORMAT_1_TEXT):
         raise RbdfsError(f"cannot {what}: it is none", errno.EIO)
@@ -305,8 +302,7 @@ async def snapshots(operations: ReadOperations, ioctx: librados.Ioctx, image: Im
 
 def _decode_snapshots(replies: Iterable[Reply], what: str) -> Iterable[Snapshot]:
     for reply in replies:
-        if reply.result < 0:
-            raise RbdfsError(f"cannot {what}: {reason_of(-reply.result)}", -reply.result)
+        reply.check(what)
         for number, (result, answer) in enumerate(reply.calls):
             if result != -errno.ENOENT:  # removed meanwhile
                 yield decode_snapshot(answer if result >= 0 else reply.answer(number, what))

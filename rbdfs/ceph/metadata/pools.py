@@ -1,7 +1,6 @@
 """The pools of a cluster, and which of them may be read."""
 
 import errno
-import json
 from collections.abc import Set as AbstractSet
 
 import rados
@@ -9,13 +8,12 @@ import rados
 from rbdfs.catalog import Pool
 from rbdfs.ceph.bindings.librados import Ioctx
 from rbdfs.ceph.bindings.read_op import Reply, Request
-from rbdfs.ceph.errors import reason_of, translated
+from rbdfs.ceph.errors import reason_of
+from rbdfs.ceph.metadata.monitors import ask_monitors
 from rbdfs.ceph.metadata.rbd_directory import DIRECTORY
 from rbdfs.errors import RbdfsError
 
 RBD_APPLICATION = "rbd"
-
-_QUESTION = json.dumps({"prefix": "osd pool ls", "detail": "detail", "format": "json"})
 
 
 def rbd_pools(client: rados.Rados, only: AbstractSet[str]) -> list[Pool]:
@@ -23,14 +21,11 @@ def rbd_pools(client: rados.Rados, only: AbstractSet[str]) -> list[Pool]:
 
     Blocks, for `rados_mon_op_timeout` at most. `mon 'profile rbd'` may ask for it. Raises RbdfsError.
     """
-    with translated("list the pools"):
-        status, answer, said = client.mon_command(_QUESTION, b"")
-    if status:
-        raise RbdfsError(f"cannot list the pools: {said or reason_of(-status)}", -status)
-    # Not: wait_for_latest_osdmap, and then list_pools. Without monitors that waits for ever.
+    # Not wait_for_latest_osdmap and then list_pools: if no monitor answers, that waits for ever.
+    pools = ask_monitors(client, "list the pools", "osd pool ls", detail="detail")
     return [
         Pool(each["pool_id"], each["pool_name"])
-        for each in json.loads(answer.decode(errors="surrogateescape"))
+        for each in pools
         if RBD_APPLICATION in each["application_metadata"] and (not only or each["pool_name"] in only)
     ]
 

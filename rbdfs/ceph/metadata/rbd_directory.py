@@ -11,7 +11,7 @@ from dataclasses import replace
 from rbdfs.catalog import ImageRef, Namespace
 from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.encoding import Reader, encode_string, understood
-from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Reply, Request
+from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Request
 from rbdfs.ceph.metadata import header
 from rbdfs.ceph.metadata.paging import NO_PAGE, listed
 from rbdfs.errors import RbdfsError
@@ -59,7 +59,7 @@ async def image(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Na
             raise
     old = ImageRef(namespace, name, format=1)
     reply = await operations.ask(Request(ioctx, header.object_of(old), read_bytes=len(header.FORMAT_1_TEXT)))
-    _check(reply, what)
+    reply.check(what)
     if reply.data != header.FORMAT_1_TEXT:
         raise RbdfsError(f"cannot {what}: {os.strerror(errno.ENOENT)}", errno.ENOENT)
     return old
@@ -74,7 +74,7 @@ async def still_named(
         names = set((await image_names(operations, ioctx, namespace)).values())
     calls = [Call(b"dir_get_name", encode_string(each.id)) for each in images]
     reply = await operations.ask(Request(ioctx, DIRECTORY, calls))
-    _check(reply, f"ask for the images of {namespace}")
+    reply.check(f"ask for the images of {namespace}")
     return {
         each
         for each, (result, _) in zip(images, reply.calls, strict=True)
@@ -98,7 +98,7 @@ async def changed_ns(operations: ReadOperations, ioctx: librados.Ioctx) -> int |
     replies = await operations.operate([Request(ioctx, name, stat=True) for name in (DIRECTORY, NAMESPACES)])
     for reply in replies:
         if reply.result != -errno.ENOENT:
-            _check(reply, "look at a pool's directory")
+            reply.check("look at a pool's directory")
     return max((reply.modified_ns for reply in replies if reply.result >= 0), default=None)
 
 
@@ -109,7 +109,7 @@ async def _many_of_format_1(
     while True:
         read_bytes *= 2
         reply = await operations.ask(Request(ioctx, DIRECTORY, read_bytes=read_bytes))
-        _check(reply, f"list the images of {namespace}")
+        reply.check(f"list the images of {namespace}")
         if len(reply.data) < read_bytes:
             return _of_format_1(reply.data, namespace)
 
@@ -124,8 +124,3 @@ def _of_format_1(tmap: bytes, namespace: Namespace) -> dict[str, ImageRef]:
         reader.bytes()
         found[name] = ImageRef(namespace, name, format=1)
     return found
-
-
-def _check(reply: Reply, what: str) -> None:
-    if reply.result < 0:
-        raise RbdfsError(f"cannot {what}: {os.strerror(-reply.result)}", -reply.result)
