@@ -110,10 +110,10 @@ async def test_what_the_key_may_not_watch_is_asked_for_once() -> None:
 async def test_after_the_connection_was_replaced_the_key_is_asked_once_more_whether_it_may() -> None:
     header = FakeHeader(RbdfsError("not permitted", errno.EPERM), RbdfsError("not permitted", errno.EPERM))
     watch = await begin(header)
-    watch.take_anew()
+    watch.take_again()
     await trio.sleep(1.5 * RENEW_SECONDS)
     assert len(header.asked) == 2
-    watch.take_anew()
+    watch.take_again()
     await until(lambda: watch.is_active)
     await watch.aclose()
 
@@ -124,7 +124,7 @@ async def test_a_watch_by_a_connection_that_was_replaced_is_given_back_but_not_w
     watch = await begin(header)
     assert isinstance(watch._watch, FakeWatch)
     watch._watch.hangs = True
-    watch.take_anew()
+    watch.take_again()
     await until(lambda: watch.is_active)
     assert len(header.asked) == 2
     with trio.fail_after(RENEW_SECONDS / 2):

@@ -23,6 +23,7 @@ from rbdfs.ceph.bindings.health import SILENT_SECONDS, ConnectionHealth
 from rbdfs.ceph.bindings.lifetime import Lifetime
 from rbdfs.ceph.connection.recovery import Recovery
 from rbdfs.ceph.image.ceph_image import CephImage
+from rbdfs.ceph.image.reads import Reads
 from rbdfs.cli import make_parser
 from rbdfs.commands.live_mount import LiveMount
 from rbdfs.commands.metrics import MountCollector, metrics
@@ -166,10 +167,11 @@ async def test_each_read_of_the_cluster_says_whether_it_answers() -> None:
     portal = Portal()
     image = CephImage(ImageSpec("rbd", "vm1"), ImageRef(Namespace(Pool(1, "rbd")), "1"), nobody, portal, nobody, nobody)
     image.stripe_unit = 4096
+    reads = Reads(image)
     handle = cast(Any, SimpleNamespace(lifetime=Lifetime(Recovery(portal.health, nobody, nobody))))
     results: list[object] = []
     for result, answer in ((-errno.ETIMEDOUT, False), (4, True), (-errno.EIO, True), (-errno.ETIMEDOUT, False)):
-        image._finish_read(handle, 0, 4, results.append, 0, result, b"data")
+        reads._finish_read(handle, 0, 4, results.append, 0, result, b"data")
         assert portal.health.osds_answer(0.0, monotonic()) is answer
     assert portal.health.osds_answer(SILENT_SECONDS + 1, monotonic()), "one did just now"
     assert len(results) == 4

@@ -280,7 +280,7 @@ async def test_a_question_that_is_given_up_lets_go_of_the_image_once_whether_its
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             for _ in range(2):
-                nursery.start_soon(asked._blocking, cast(LibrbdImage, handle), block)
+                nursery.start_soon(asked.run_blocking, cast(LibrbdImage, handle), block)
             await trio.testing.wait_all_tasks_blocked()
             await trio.to_thread.run_sync(has_begun.wait)
             assert handle.held == 2

@@ -11,8 +11,9 @@ from typing import Final
 
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph.bindings.librbd import Diff
-from rbdfs.ceph.image.ceph_image import CephImage, FindObjects
+from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.ceph.image.changes import EarlierSnapshot, Ranges, either, shown_anew, to_ask
+from rbdfs.ceph.image.extents import OBJECTS_OF_A_MAP_AT_ONCE, FindObjects
 from rbdfs.ceph.metadata.object_map import ObjectSet
 from rbdfs.errors import RbdfsError, StaleError
 
@@ -20,8 +21,6 @@ log = logging.getLogger(__name__)
 
 OBJECTS_AT_ONCE: Final = 256
 """Asked about before any of their extents is told."""
-
-OBJECTS_OF_A_MAP_AT_ONCE: Final = 1 << 16
 
 
 class ImageDiff:

@@ -11,6 +11,12 @@ from typing import Protocol
 
 import trio
 
+from rbdfs.catalog import ImageRef, Namespace
+from rbdfs.ceph.bindings import watch
+from rbdfs.ceph.bindings.aio import Portal
+from rbdfs.ceph.bindings.librados import Ioctx
+from rbdfs.ceph.bindings.lifetime import by_the_newest
+from rbdfs.ceph.metadata import header
 from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
 
@@ -101,7 +107,7 @@ class HeaderWatch:
             self._lost = number
             self._renew_soon()
 
-    def take_anew(self) -> None:
+    def take_again(self) -> None:
         """The connection was replaced: hold the watch by the new one, if its key may."""
         if not self._is_closed:
             self._is_allowed = True
@@ -128,3 +134,20 @@ class HeaderWatch:
         watch, self._watch = self._watch, None
         if watch is not None:
             await self._give_back(watch)
+
+
+async def take_watch(
+    image: ImageRef, ioctx_of: Callable[[Namespace], Ioctx], portal: Portal, on_lost: Callable[[], None]
+) -> Watch:
+    """Watch an image's header object by the present connection: a `TakeWatch`, once all but `on_lost` is given."""
+
+    async def current() -> Ioctx:
+        return ioctx_of(image.namespace)
+
+    async def take(ioctx: Ioctx) -> tuple[Ioctx, Watch]:
+        return ioctx, await watch.Watch.take(ioctx, header.object_of(image), portal, on_lost)
+
+    ioctx, taken = await by_the_newest(current, take)
+    if ioctx.lifetime.is_over:  # since it was taken
+        on_lost()
+    return taken
