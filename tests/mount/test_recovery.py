@@ -82,7 +82,7 @@ def test_a_blocklisted_mount_goes_on_by_itself_and_so_do_its_open_files(
             addresses = clients(ceph, key)
             assert len(addresses) == 2, "those that were replaced are gone"
             blocklist(ceph, "add", addresses)
-            wait_until(lambda round_=round_: mount.log.count("connected anew") == round_, BACK_SECONDS)  # type: ignore[misc]
+            wait_until(lambda round_=round_: mount.log.count("reconnected to the cluster") == round_, BACK_SECONDS)  # type: ignore[misc]
             reads = result.reads
             wait_until(lambda reads=reads: result.reads > reads + 50, BACK_SECONDS)  # type: ignore[misc]
             wait_until(lambda: len(clients(ceph, key)) == 2)
@@ -93,7 +93,7 @@ def test_a_blocklisted_mount_goes_on_by_itself_and_so_do_its_open_files(
     assert not others.errors
     assert not others.wrong
     assert mount.log.count("the cluster has blocklisted this client") == 2
-    assert "connected anew" not in other.log
+    assert "reconnected to the cluster" not in other.log
 
 
 def test_a_mount_that_is_idle_when_it_is_blocklisted_works_at_the_next_access(ceph: Ceph, mounts: Mounts) -> None:
@@ -105,7 +105,7 @@ def test_a_mount_that_is_idle_when_it_is_blocklisted_works_at_the_next_access(ce
         blocklist(ceph, "add", clients(ceph, key)[which])
         assert_a_new_open_works(ceph, mount)
         wait_until(lambda: len(clients(ceph, key)) == 2)
-    assert mount.log.count("connected anew") == 3
+    assert mount.log.count("reconnected to the cluster") == 3
 
 
 def test_of_what_others_did_while_a_mount_was_blocklisted_nothing_old_and_no_zeros_are_shown(
@@ -133,7 +133,7 @@ def test_of_what_others_did_while_a_mount_was_blocklisted_nothing_old_and_no_zer
         ceph.make_image(replaced, written, MIB, features=ALL_FEATURES)
         ceph.resize_image(shrunk, 2 * MIB)
         away.rename(keyring)
-        wait_until(lambda: "connected anew" in mount.log, BACK_SECONDS)
+        wait_until(lambda: "reconnected to the cluster" in mount.log, BACK_SECONDS)
         assert mount.image(changed).read_bytes() == written
         assert os.pread(files[changed], 4 * MIB, 0) == written, "the page cache is shared by all who have it open"
         assert mount.image(replaced).read_bytes() == written
@@ -205,7 +205,7 @@ def test_a_mount_whose_key_was_replaced_takes_the_new_one_when_its_tickets_end(t
             began = time.monotonic()
             wait_until(lambda: time.monotonic() > began + 4 * TICKET_SECONDS, BACK_SECONDS)
             restart_osds(ceph)
-            wait_until(lambda: "connected anew" in mount.log, BACK_SECONDS)
+            wait_until(lambda: "reconnected to the cluster" in mount.log, BACK_SECONDS)
             reads = result.reads
             wait_until(lambda: result.reads > reads + 50, BACK_SECONDS)
             assert_a_new_open_works(ceph, mount)
@@ -267,6 +267,6 @@ def test_when_the_monitors_have_moved_new_and_open_files_work(ceph: Ceph, mounts
         wait_until(lambda: result.reads > reads + 50, BACK_SECONDS)
     assert not result.wrong
     assert not result.errors, "it was back before they were given up"
-    assert re.search(r"connected anew after \d+ s", mount.log)
+    assert re.search(r"reconnected to the cluster after \d+ s", mount.log)
     assert mount.image(name).read_bytes() == content
     assert name in os.listdir(mount.path / "rbd")

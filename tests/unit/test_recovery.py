@@ -316,10 +316,10 @@ async def test_no_exception_of_an_attempt_ends_the_mount(caplog: pytest.LogCaptu
     async def fail() -> None:
         raise ZeroDivisionError("nobody expects this")
 
-    cluster.recovery._connect_anew = fail
+    cluster.recovery._reconnect = fail
     assert not await cluster.lifetime.is_over_after(errno.ESHUTDOWN)
     assert "ZeroDivisionError" in caplog.text
-    cluster.recovery._connect_anew = cluster.connect
+    cluster.recovery._reconnect = cluster.connect
     assert await cluster.lifetime.is_over_after(errno.ESHUTDOWN)
 
 

@@ -1,4 +1,4 @@
-"""The way into a cluster, and what is wrong with it when it is barred."""
+"""Connecting to a cluster, and what a person can do if that fails."""
 
 import errno
 import json
@@ -20,24 +20,24 @@ DEFAULT_NAME = "client.admin"
 DEFAULT_CLUSTER = "ceph"
 
 SHORT_TIMEOUT_SECONDS = 40.0
-"""Below it, operations would time out before librados asks the monitors where their OSD is now (objecter_timeout:
-10 s), and an OSD that comes back elsewhere would not be found again."""
+"""With a shorter timeout, operations would end before librados asks the monitors where their OSD is now
+(objecter_timeout: 10 s), and an OSD that comes back at another address would not be found."""
 
 NEEDED_CAPS = "mon 'profile rbd' osd 'profile rbd-read-only'"
 
 ASK_SECONDS = 3
-"""How long a monitor, or an OSD, may take to say why nothing is served. Only asked after `connect_timeout`."""
+"""How long a monitor, or an OSD, may take to say why nothing is served. They are asked only after `connect_timeout`."""
 ASKED_OSDS = 3
-"""How many OSDs are tried: one may be at fault, not all."""
+"""How many OSDs are tried: one of them may be at fault."""
 BANNER = b"ceph v"
-"""What an OSD sends first to whoever connects, in both versions of the messenger's protocol (msgr, msgr2)."""
+"""What an OSD sends first on each connection, in both versions of the messenger's protocol (msgr, msgr2)."""
 FAULTS = ("PG_AVAILABILITY", "OSD_FULL", "SLOW_OPS")
 """The health checks that tell why an operation gets no answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """Which cluster, and who we are there: the options of the `rbd` command. None is what librados finds by itself."""
+    """Which cluster, and as which client: the options of the `rbd` command. None means librados's own default."""
 
     conf: Path | None = None
     cluster: str | None = None
@@ -45,15 +45,15 @@ class ClusterOptions:
     keyring: Path | None = None
     mon_host: str | None = None
     connect_timeout: int = 30
-    """Seconds until an unreachable cluster is given up."""
+    """Seconds until a connection attempt is given up."""
     osd_timeout: int = 120
     """Seconds until an operation that no OSD answers fails with ETIMEDOUT; 0 waits for ever."""
     probe_seconds: int = 0
-    """If not 0, instead of `osd_timeout`, and of all that the configuration says: for a connection that is tried."""
+    """If not 0, replaces `osd_timeout` and the timeouts of the configuration: for a connection that is only tried."""
 
 
 def connect(options: ClusterOptions) -> rados.Rados:
-    """A connection. Blocks for `connect_timeout` at most. Raises ConnectError, which says what to do."""
+    """Connect. Blocks for `connect_timeout` at most. Raises ConnectError, which says what to do."""
     client = _configured(options)
     try:
         client.connect()
@@ -65,7 +65,7 @@ def connect(options: ClusterOptions) -> rados.Rados:
 
 
 def connect_for_reads(client: rados.Rados, options: ClusterOptions, lifetime: Lifetime) -> librados.Cluster:
-    """A second connection, for image data by the event API, as whom and to where `client` is connected.
+    """Make a second connection for image data, to the same cluster and as the same client as `client`.
 
     Blocks for `connect_timeout` at most. Raises ConnectError.
     """
@@ -90,7 +90,7 @@ def _configured(options: ClusterOptions) -> rados.Rados:
 
 
 def _settings(client: rados.Rados, options: ClusterOptions) -> dict[str, str]:
-    """What we ask of Ceph beyond what its configuration says."""
+    """The Ceph options that we set."""
     settings = {
         "client_mount_timeout": str(options.connect_timeout),
         # librbd's own cache would keep what others overwrite; ours knows close-to-open.
@@ -110,7 +110,7 @@ def _settings(client: rados.Rados, options: ClusterOptions) -> dict[str, str]:
     if options.probe_seconds or not float(client.conf_get("rados_mon_op_timeout") or 0):
         settings["rados_mon_op_timeout"] = str(timeout)  # of a command; that of the binding does nothing (16.2)
     if 0 < timeout < SHORT_TIMEOUT_SECONDS:
-        # librados asks for a new map when an operation is this old, and looks every so often: in time, then.
+        # The age of an operation at which librados asks for a new map, and how often it looks: soon enough.
         settings["objecter_timeout"] = settings["objecter_tick_interval"] = str(timeout / 4)
     return settings
 
@@ -128,12 +128,12 @@ def _read_conf(options: ClusterOptions) -> rados.Rados:
                 f"no ceph.conf: {where}: {os.strerror(errno_of(error))}; name one with --conf, or the monitors with -m"
             ) from error
         client = rados.Rados(conffile=rados.Rados.NO_CONF_FILE, **names)
-    client.conf_parse_env()  # CEPH_ARGS and CEPH_KEYRING, as the rbd command has it
+    client.conf_parse_env()  # CEPH_ARGS and CEPH_KEYRING, as the rbd command does
     return client
 
 
 def _why_refused(client: rados.Rados, options: ClusterOptions, number: int) -> str:
-    """What a person can do about a connect() that failed. librados tells several causes by one errno."""
+    """What a person can do about a connect() that failed. librados reports several causes by one errno."""
     monitors = client.conf_get("mon_host") or "none configured"
     if number == errno.ETIMEDOUT:
         return (
@@ -156,21 +156,21 @@ def _why_refused(client: rados.Rados, options: ClusterOptions, number: int) -> s
 
 
 class Monitors(Protocol):
-    """What of `rados.Rados` tells how the cluster is."""
+    """The part of `rados.Rados` that tells the state of the cluster."""
 
     def mon_command(self, cmd: str, inbuf: bytes, timeout: int) -> tuple[int, bytes, str]:
-        """Ask the monitors; the status, the answer and the error."""
+        """Send a command to the monitors; returns status, answer and error text."""
 
 
 def why_no_osd_answers(monitors: Monitors, name: str) -> str:
     """What a person can do when the monitors answer `name` and no OSD does. Blocks, for a few seconds at most.
 
-    A key without any OSD caps is answered EPERM by an OSD of Ceph 16.2. One of 18.2 refuses its connection, and
-    librados tries again for ever without a word. Nobody tells the client, so this rules out what else it can be.
+    To a key without any OSD caps an OSD of Ceph 16.2 answers EPERM. One of 18.2 refuses its connection, and librados
+    tries again for ever and reports nothing. The client is not told, so this function rules out all other causes.
     """
     osds = list(_addresses(_ask(monitors, "osd dump").get("osds", [])))
     if not osds:
-        return "none is up that the monitors tell of; see 'ceph osd tree'"
+        return "the monitors report none as up; see 'ceph osd tree'"
     checks = _ask(monitors, "health").get("checks", {})
     for fault in FAULTS:
         if fault in checks:
@@ -187,14 +187,14 @@ def why_no_osd_answers(monitors: Monitors, name: str) -> str:
 
 
 def _ask(monitors: Monitors, command: str) -> dict[str, Any]:
-    """Empty if they do not tell this key."""
+    """The answer to a command; empty if this key may not ask."""
     question = json.dumps({"prefix": command, "format": "json"})
     status, answer, _ = monitors.mon_command(question, b"", ASK_SECONDS)
     return dict(json.loads(answer)) if status == 0 else {}
 
 
 def _addresses(osds: list[dict[str, Any]]) -> Iterator[tuple[int, str, int]]:
-    """One address of each OSD that is up: its number, host and port."""
+    """The number, host and port of each OSD that is up."""
     for osd in osds:
         if osd["up"] and osd["public_addrs"]["addrvec"]:
             host, port = osd["public_addrs"]["addrvec"][0]["addr"].rsplit(":", 1)
@@ -202,7 +202,7 @@ def _addresses(osds: list[dict[str, Any]]) -> Iterator[tuple[int, str, int]]:
 
 
 def _is_served(host: str, port: int) -> bool:
-    """Whether an OSD answers there, which a process that is stopped does not."""
+    """Whether an OSD answers at this address. A stopped process accepts connections, and does not answer."""
     try:
         with socket.create_connection((host, port), ASK_SECONDS) as connection:
             return connection.recv(len(BANNER)) == BANNER

@@ -1,7 +1,7 @@
-"""The connection to a cluster, which is two: Ceph's own binding, and one of ours for what that lacks.
+"""The connection to a cluster, which is two: one by Ceph's own binding, and one of ours for what that lacks.
 
-When it is of no use any more (recovery.py), a new one takes its place, and the old one is closed once nothing uses it:
-librados aborts the process if images are open in what is shut down.
+When it does not work any more (recovery.py), a new one takes its place. The old one is closed once nothing uses it:
+librados aborts the process if a connection is shut down that has open images.
 """
 
 import errno
@@ -35,21 +35,21 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ABANDONED_SECONDS = 10.0
-"""How long a disconnect waits for what a cancelled request has left behind in a thread: it uses the connection."""
+"""How long a disconnect waits for threads that cancelled requests have left behind: they use the connection."""
 
 MONITORS_LANE: Final = -1
 MONITORS_SILENT: Final = (errno.ETIMEDOUT, errno.EACCES)
-"""How a question to them ends that they have not answered."""
+"""The errors of a question that the monitors have not answered."""
 
 CONNECTION_LANE: Final = "recovery"
-"""Of the threads that look after the connection: those that hang take no other's place."""
+"""For the threads that make, probe and close connections: if they hang, they block no others."""
 
 
 class Connection:
-    """Both connections, and what was opened by them. In the trio thread, but for `close`."""
+    """Both connections, and the ioctxs that were opened by them. All in the trio thread, except `close`."""
 
     def __init__(self, client: rados.Rados, reads: librados.Cluster, lifetime: Lifetime) -> None:
-        """`open` does this."""
+        """Use `open`."""
         self.rados = client
         self.reads = reads
         self.lifetime = lifetime
@@ -58,7 +58,7 @@ class Connection:
 
     @classmethod
     async def open(cls, options: ClusterOptions, lifetime: Lifetime) -> "Connection":
-        """Connect, by configuration and keyring as they are now. Raises ConnectError."""
+        """Connect, with configuration and keyring as they are now. Raises ConnectError."""
         client = await run_in_thread(connect, options, abandon_on_cancel=True, lane=CONNECTION_LANE)
         try:
             reads = await run_in_thread(partial(connect_for_reads, client, options, lifetime), lane=CONNECTION_LANE)
@@ -87,7 +87,7 @@ class Connection:
             return ioctx
 
     def read_ioctx(self, namespace: Namespace) -> librados.Ioctx:
-        """For what Ceph's own bindings lack: image data by events, read operations, and watches. Raises RbdfsError."""
+        """For what Ceph's own bindings lack: image data, read operations and watches. Raises RbdfsError."""
         if namespace not in self._read_ioctxs:
             self._read_ioctxs[namespace] = self.reads.open_ioctx(namespace)
         return self._read_ioctxs[namespace]
@@ -104,19 +104,19 @@ class Connection:
 
 
 class Connections:
-    """The connection of now, and those before it that are still used. All in the trio thread."""
+    """The present connection, and earlier ones that are still in use. All in the trio thread."""
 
     def __init__(self, options: ClusterOptions, only_pools: frozenset[str], portal: Portal) -> None:
-        """`open` must be called next."""
+        """Call `open` next."""
         self._options = options
         self._only_pools = only_pools
         self._portal = portal
         self.current: Connection
         self._probe: Probe
         self.client_ids: set[int] = set()
-        """By which others see our watches, also those of connections that were replaced. No id is used again."""
+        """The ids by which others see our watches, also by earlier connections. No id is used again."""
         self.operations = ReadOperations(portal, self.read_ioctx)
-        self._recovery = Recovery(portal.health, self._works, self._connect_anew)
+        self._recovery = Recovery(portal.health, self._works, self._reconnect)
         self._replaced: set[Connection] = set()
         self._closing = BackgroundTasks()
 
@@ -125,7 +125,7 @@ class Connections:
         self._take(await Connection.open(self._options, Lifetime(self._recovery)))
 
     def recover(self) -> None:
-        """From now on a new connection takes the place of one that is of no use any more."""
+        """Reconnect from now on, whenever the connection does not work any more."""
         self._recovery.is_on = True
 
     def _take(self, connection: Connection) -> None:
@@ -134,17 +134,16 @@ class Connections:
         self._probe = self._probe_of(connection)
 
     def read_ioctx(self, namespace: Namespace) -> librados.Ioctx:
-        """See `Connection.read_ioctx`."""
         return self.current.read_ioctx(namespace)
 
     async def newest(self) -> Connection:
-        """The connection of now, as `by_the_newest` wants it."""
+        """The present connection, for `by_the_newest`."""
         return self.current
 
     async def ask(self, prepare: Callable[[Connection], Callable[[], T]], pool_id: int | None = None) -> T:
-        """Call in a thread what `prepare` returns, which blocks; again if the connection is replaced meanwhile.
+        """Call the blocking function that `prepare` returns in a thread; again if the connection is replaced during it.
 
-        `pool_id` is which pool it waits for; None is the monitors. A cancel abandons the call. Raises RbdfsError.
+        It waits for the pool `pool_id`, or for the monitors if that is None. A cancel abandons it. Raises RbdfsError.
         """
 
         async def call(connection: Connection) -> T:
@@ -178,16 +177,16 @@ class Connections:
 
         return Probe(list_pools, is_readable)
 
-    async def _connect_anew(self) -> None:
-        """Put a new connection in the place of the present one. Raises RbdfsError if it is of no more use.
+    async def _reconnect(self) -> None:
+        """Replace the present connection by a new one. Raises RbdfsError if that does not work either.
 
-        One that gives up soon is tried first: however often that is, it can be closed.
+        A connection with short timeouts is tried first: it can be closed soon, however often this is tried.
         """
         options = replace(self._options, probe_seconds=PROBE_SECONDS)
         tried = await Connection.open(options, Lifetime(self._recovery))
         try:
             if tried.rados.get_fsid() != self.current.rados.get_fsid():
-                raise ConnectError("the configuration names another cluster by now: mount that anew")
+                raise ConnectError("the configuration names another cluster now: unmount, and mount that one")
             if (reason := await self._probe_of(tried).why_not()) is not None:
                 raise reason
         finally:
@@ -213,7 +212,7 @@ class Connections:
         trio.lowlevel.spawn_system_task(close)
 
     async def aclose(self) -> None:
-        """Disconnect. Every image must be closed: librados aborts the process otherwise."""
+        """Disconnect. Close all images first: librados aborts the process otherwise."""
         await self._recovery.aclose()
         await self._closing.wait()
         last = [*self._replaced, self.current]
@@ -222,7 +221,7 @@ class Connections:
 
     def _close_all(self, connections: list[Connection]) -> None:
         if not wait_for_abandoned(ABANDONED_SECONDS):
-            log.warning("the cluster still owes an answer to what was given up; leaving the connection as it is")
+            log.warning("the cluster has not answered requests that were cancelled; leaving the connection open")
             return
         for connection in connections:
             connection.close()

@@ -1,4 +1,4 @@
-"""Whether a connection works, found out without having more and more questions hang by one that does not."""
+"""Test whether a connection works, without leaving ever more questions hanging if it does not."""
 
 import errno
 import logging
@@ -14,17 +14,17 @@ from rbdfs.errors import RbdfsError
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS: Final = 5
-"""How long monitors and OSDs may take to show that a connection works."""
+"""How long monitors and OSDs may take to answer."""
 
 PROBED_POOLS: Final = 64
-"""One that answers is enough."""
+"""How many pools are asked at most. One that answers is enough."""
 
 Reason = RbdfsError | None
-"""Why a connection is of no use; None if it works."""
+"""Why a connection cannot be used; None if it works."""
 
 
 class Probe:
-    """Of one connection. What has not been answered is not asked again. All in the trio thread."""
+    """Tests one connection. A question without an answer is not asked again. All in the trio thread."""
 
     def __init__(
         self, list_pools: Callable[[], Awaitable[list[Pool]]], may_read: Callable[[Pool], Awaitable[bool]]
@@ -54,13 +54,13 @@ class Probe:
             asked = {pool for pool in pools[:PROBED_POOLS] if pool not in self._asked}
             for pool in asked:
                 self._asked.add(pool)
-                trio.lowlevel.spawn_system_task(self._look, pool, asked, found)
+                trio.lowlevel.spawn_system_task(self._ask, pool, asked, found)
             if not pools:
                 found.set(None)
         self._is_listing = False
 
-    async def _look(self, pool: Pool, waiting: set[Pool], found: Future[Reason]) -> None:
-        """`waiting` is what else is asked now."""
+    async def _ask(self, pool: Pool, waiting: set[Pool], found: Future[Reason]) -> None:
+        """Ask one pool; `waiting` are the pools that are asked together."""
         reason: Reason
         try:
             is_allowed = await self._may_read(pool)
@@ -69,7 +69,7 @@ class Probe:
             reason = _reason(error)
         self._asked.discard(pool)
         waiting.discard(pool)
-        if reason is None or not waiting:  # the first that is given counts
+        if reason is None or not waiting:  # only the first counts
             found.set(reason)
 
 

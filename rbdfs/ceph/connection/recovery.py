@@ -1,8 +1,8 @@
-"""When to connect to the cluster anew: the present connection is of no use for good, and a new one works.
+"""When to reconnect to the cluster: if the present connection will never work again, and a new one works.
 
-A client that was blocklisted stays so, whose key was replaced is refused once its tickets end, and one whose monitors
-have moved looks for them where they were. A new connection reads configuration and keyring again. Where the cluster is
-silent for everybody a new connection does not work either, and the present one is kept.
+A client that was blocklisted stays blocklisted; one whose key was replaced is refused once its tickets end; one whose
+monitors have moved looks for them where they were. A new connection reads configuration and keyring again. If the
+cluster is silent for all clients, a new connection does not work either, and the present one is kept.
 """
 
 import errno
@@ -22,20 +22,20 @@ from rbdfs.errors import NOTICE, RbdfsError
 log = logging.getLogger(__name__)
 
 BARRED: Final = -errno.ESHUTDOWN
-"""EBLOCKLISTED: it is for good."""
+"""EBLOCKLISTED. It is permanent for a connection."""
 
 SIGNS: Final = frozenset({BARRED, -errno.EACCES, -errno.EPERM, -errno.ETIMEDOUT})
-"""Of a connection that may be of no use any more."""
+"""Results that may mean that the connection will never work again."""
 
 PATIENT_SECONDS: Final = 3.0
-"""How long an answer may take before the connection is suspected. Who waits then has not been given up."""
+"""How long an answer may take before the connection is suspected. The question is not given up then."""
 
 CALM_SECONDS: Final = 10.0
-"""For so long a connection that was suspected and works is not suspected again: in a pool that is dead, all wait."""
+"""How long a connection that was suspected and works is not suspected again: in a dead pool every request waits."""
 
 FIRST_SECONDS: Final = 1.0
 LONGEST_SECONDS: Final = 30.0
-"""Between two attempts: doubled each time."""
+"""Between two attempts; it doubles each time."""
 
 
 class Recovery:
@@ -45,18 +45,18 @@ class Recovery:
         self,
         health: ConnectionHealth,
         works: Callable[[], Awaitable[bool]],
-        connect_anew: Callable[[], Awaitable[None]],
+        reconnect: Callable[[], Awaitable[None]],
     ) -> None:
-        """`works` says whether the present connection can be used; it does not raise, and ends within seconds.
-        `connect_anew` replaces it by one that works, or raises RbdfsError."""
+        """`works` tells within seconds whether the present connection can be used, and does not raise. `reconnect`
+        replaces it by one that works, or raises RbdfsError."""
         self.is_on = False
-        """Whether anything is tried."""
+        """Whether to reconnect at all."""
         self._health = health
         self._works = works
-        self._connect_anew = connect_anew
+        self._reconnect = reconnect
         self._is_barred = False
         self._must_ask = False
-        """Whether other answers than those of the trouble do not count."""
+        """Whether to probe the connection even if other requests were answered."""
         self._running: trio.CancelScope | None = None
         self._hurry = trio.Event()
         self._is_pausing = False
@@ -66,11 +66,11 @@ class Recovery:
         """When the present connection was last found to work, though it was suspected."""
         self._numbers = itertools.count()
         self._asked: dict[int, float] = {}
-        """Since when answers are waited for; the first has waited for longest."""
+        """When each question that is still unanswered was asked, the oldest first."""
         self._is_watching = False
 
     def note(self, result: int) -> None:
-        """An operation has ended; a negative errno if it has failed."""
+        """Call at the end of each operation; `result` is a negative errno if it failed."""
         self._health.note(result, monotonic())
         if result not in SIGNS:
             return
@@ -80,13 +80,13 @@ class Recovery:
         self._start()
 
     def suspect(self) -> None:
-        """Something was not answered, whatever else was."""
+        """Probe the connection: a question got no answer, even if others did."""
         self._must_ask = True
         self._start()
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """While something is asked: if that takes long, whatever others were answered, the connection is suspected."""
+        """Enclose a question: if it takes long, the connection is suspected even if other questions were answered."""
         number = next(self._numbers)
         self._asked[number] = trio.current_time()
         if not self._is_watching:
@@ -98,7 +98,7 @@ class Recovery:
             self._asked.pop(number, None)
 
     async def _watch(self) -> None:
-        """One task for all, and for some time after: a task each costs more than most of the questions."""
+        """Watch all questions in one task: a task for each costs more than most of the questions."""
         while self._asked:
             await trio.sleep(PATIENT_SECONDS / 2)
             number, since = next(iter(self._asked.items()), (0, trio.current_time()))
@@ -108,8 +108,8 @@ class Recovery:
         self._is_watching = False
 
     async def attempt(self) -> None:
-        """The cluster refuses this client: return when a new connection was tried. At once if one has failed just
-        now, and the next is not due."""
+        """The cluster refuses this client: return when a new connection was tried, or at once if one has just failed
+        and the next attempt is not due."""
         self.note(BARRED)
         if self._running is not None and not self._is_pausing:
             await self._tried.wait()
@@ -125,7 +125,7 @@ class Recovery:
             with scope:
                 await self._recover(suspected_at)
         except Exception:  # out of a system task it would end the mount for everyone
-            log.exception("the connection to the cluster could not be looked after")
+            log.exception("recovering the connection to the cluster failed unexpectedly")
         self._running = None
         self._is_barred = self._must_ask = self._is_pausing = False
         self._hurry = trio.Event()
@@ -145,19 +145,19 @@ class Recovery:
         while self._is_barred or not await self._works():
             if self._is_barred and not told:
                 told = "the cluster has blocklisted this client"
-                log.warning("%s (see 'ceph osd blocklist ls'): connecting anew", told)
+                log.warning("%s (see 'ceph osd blocklist ls'): reconnecting", told)
             try:
-                await self._connect_anew()
+                await self._reconnect()
             except RbdfsError as error:
                 if str(error) != told:
                     told = str(error)
-                    # That nothing answers anybody is told by who waits for it.
+                    # If the cluster answers nobody, the requests that wait for it say so.
                     level = logging.INFO if error.errno == errno.ETIMEDOUT else logging.WARNING
-                    log.log(level, "connecting anew failed, and is tried again: %s", error)
+                    log.log(level, "reconnecting to the cluster failed, trying again: %s", error)
             else:
-                log.log(NOTICE, "connected anew after %.0f s", trio.current_time() - began)
+                log.log(NOTICE, "reconnected to the cluster after %.0f s", trio.current_time() - began)
                 return
-            self._is_barred = False  # perhaps it is let in again
+            self._is_barred = False  # the cluster may have removed it from the blocklist
             self._is_pausing = True
             self._end_attempt()
             await trio.sleep(pause)
@@ -171,7 +171,7 @@ class Recovery:
         return self._health.last_result not in SIGNS and self._health.last_at >= then
 
     async def aclose(self) -> None:
-        """Try no more."""
+        """Stop all attempts."""
         self.is_on = False
         if self._running is not None:
             self._running.cancel()
