@@ -1,4 +1,4 @@
-"""What a cluster holds, as values: pools, images and their facts. `ceph/` finds them, `fuse/` shows them."""
+"""What a cluster holds, as values: pools, namespaces, images, snapshots. `ceph/` finds them, `fuse/` shows them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A pool with the `rbd` application. The id stays when the pool is renamed, and is never used again."""
+    """A pool with the `rbd` application. Its id survives renames, and is never used again."""
 
     id: int
     name: str = field(compare=False)
@@ -15,7 +15,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A namespace of a pool, which holds images as a pool does. Each pool has the default one, whose name is empty."""
+    """A namespace of a pool, which holds images. Each pool has the default namespace, whose name is empty."""
 
     pool: Pool
     name: str = ""
@@ -26,28 +26,28 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image's HEAD, or one of its snapshots, by what no renaming changes: where it is, and its ids."""
+    """An image's HEAD or one of its snapshots, by what no rename changes: namespace and ids."""
 
     namespace: Namespace
     id: str
-    """As `rbd info` has it; an image of format 1 has none, and is known by its name."""
+    """As `rbd info` shows it; for an image of format 1, which has none, its name."""
     snapshot_id: int | None = None
     """None for HEAD."""
     format: int = 2
-    """As `rbd info` has it: 1 for what was made before Ceph 0.61 (Cuttlefish) or by RBD_FORCE_ALLOW_V1."""
+    """As `rbd info` shows it: 1 for images made before Ceph 0.61 (Cuttlefish) or with RBD_FORCE_ALLOW_V1."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageStat:
-    """What `ls -l` shows of an image, known without opening it."""
+    """What `ls -l` shows about an image, known without opening it."""
 
     size: int
     """Bytes."""
     used_bytes: int
-    """What it holds, in whole objects; the size, where that is not known without looking at each object."""
+    """What the image holds, in whole objects; its size if that cannot be known without looking at each object."""
     modified_ns: int
-    """Nanoseconds since the epoch; RBD moves it once a minute at most (`rbd_mtime_update_interval`). Of a snapshot,
-    when it was made."""
+    """Nanoseconds since the epoch; RBD updates it once a minute at most (`rbd_mtime_update_interval`). For a
+    snapshot, when it was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +59,19 @@ class Usage:
 
 
 class Catalog(Protocol):
-    """The cluster as a file tree sees it. Every method raises RbdfsError with the errno for the process that asks."""
+    """The cluster as a file tree sees it. Every method raises RbdfsError with the errno for the calling process."""
 
     async def pools(self) -> list[Pool]:
         """The pools with the `rbd` application that the key may read."""
 
     async def pool(self, name: str) -> Pool:
-        """One of them by name: ENOENT if there is none, EACCES if the key may not read it."""
+        """A pool by name: ENOENT if there is none, EACCES if the key may not read it."""
 
     async def namespaces(self, pool: Pool) -> list[Namespace]:
-        """The namespaces of a pool without the default one, by name."""
+        """The namespaces of a pool except the default one, sorted by name."""
 
     async def namespace(self, pool: Pool, name: str) -> Namespace:
-        """One of them by name: ENOENT if there is none."""
+        """A namespace by name: ENOENT if there is none."""
 
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
         """All images of a namespace, by name."""
@@ -82,28 +82,28 @@ class Catalog(Protocol):
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
         """The snapshots that users made of an image, by name, the oldest first: ENOENT if the image is gone.
 
-        Of a broken image there are none.
+        A broken image has none.
         """
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
-        """One of them by name: ENOENT if there is none."""
+        """A snapshot by name: ENOENT if there is none."""
 
     async def stat(self, image: ImageRef) -> ImageStat:
-        """ENOENT if the image is gone. One that is broken, named by its pool but without a header, has a byte."""
+        """ENOENT if the image is gone. A broken image, which its pool names but which has no header, has one byte."""
 
     async def stat_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageStat | None]:
-        """The facts of many images, asked for at once. Those that are gone are left out; None is for those that the
-        cluster could not tell of."""
+        """`stat` for many images at once. Images that are gone are left out; None if the cluster did not answer for an
+        image."""
 
     async def changed_ns(self, namespace: Namespace) -> int | None:
-        """When an image of a namespace was last made, renamed or removed, in nanoseconds since the epoch; None if there
-        never was any."""
+        """When an image of a namespace was last created, renamed or removed, in nanoseconds since the epoch; None if
+        there never was one."""
 
     async def attribute_names(self, image: ImageRef) -> list[str]:
-        """What `attribute` can be asked of an image or a snapshot: its facts, and `meta.KEY` for its own metadata."""
+        """The names that `attribute` takes for an image or a snapshot; `meta.KEY` is for the image's own metadata."""
 
     async def attribute(self, image: ImageRef, name: str) -> str:
-        """One of them, in the words of the `rbd` command: ENODATA if there is none of that name."""
+        """An attribute in the words of the `rbd` command: ENODATA if there is none of that name."""
 
     async def usage(self) -> Usage:
         """How full the cluster is."""

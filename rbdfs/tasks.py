@@ -1,4 +1,4 @@
-"""Work that goes on to its end, whatever becomes of who waits for it."""
+"""Work that runs to its end even if its caller is cancelled."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -13,8 +13,7 @@ T = TypeVar("T")
 
 
 class BackgroundTasks:
-    """Runs what must not be cut short, as the closing of an image, in tasks of their own: a cancel of who waits for it
-    ends the waiting alone. All in the trio thread."""
+    """Runs work that must not be cut short, such as closing an image, in system tasks. All in the trio thread."""
 
     def __init__(self) -> None:
         self._running = 0
@@ -23,7 +22,8 @@ class BackgroundTasks:
     async def run(
         self, work: Callable[[], Awaitable[T]], unwanted: Callable[[T], Awaitable[object]] | None = None
     ) -> T:
-        """Returns what `work` returns, or raises what it raises. After a cancel `unwanted` gets what it returned."""
+        """Return what `work` returns, or raise what it raises. A cancel ends only the waiting: then `unwanted` gets the
+        result."""
         ended = trio.Event()
         is_wanted = True
         results: list[T] = []
@@ -44,7 +44,7 @@ class BackgroundTasks:
             await ended.wait()
         except trio.Cancelled:
             is_wanted = False
-            if results and unwanted is not None:  # it ended at the moment of the cancel
+            if results and unwanted is not None:  # the work ended just before the cancel
                 self.start(partial(unwanted, results[0]))
             raise
         if errors:
@@ -52,12 +52,12 @@ class BackgroundTasks:
         return results[0]
 
     async def wait(self) -> None:
-        """Until nothing runs any more."""
+        """Wait until nothing runs."""
         while self._running:
             await self._idle.wait()
 
     def start(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Begin what nobody waits for; what it raises is logged."""
+        """Start work that nobody waits for; its errors are logged."""
         self._running += 1
         trio.lowlevel.spawn_system_task(self._guarded, work)
 
@@ -65,7 +65,7 @@ class BackgroundTasks:
         try:
             await work()
         except Exception:  # out of a system task it would end the mount for everyone
-            log.exception("what nobody waits for has failed")
+            log.exception("a background task failed")
         finally:
             self._running -= 1
             if not self._running:

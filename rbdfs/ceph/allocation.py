@@ -1,4 +1,4 @@
-"""What an image's objects are called, and which of its bytes are its own, its parent's, or nobody's."""
+"""The names of an image's objects, and which of its bytes are its own, its parent's, or holes."""
 
 import contextlib
 from dataclasses import dataclass
@@ -24,26 +24,26 @@ class Allocation:
     stripe_count: int
     object_prefix: str
     object_digits: int
-    """Of the object number, in hexadecimal, in an object's name."""
+    """Hexadecimal digits of the object number in an object's name."""
     data_pool_id: int
     parent: str
-    """As an image spec; empty for what is no clone."""
+    """As an image spec; empty if the image is no clone."""
     own: Ranges
-    """What it holds itself, in whole objects."""
+    """What the image holds itself, in whole objects."""
     shown: Ranges
-    """That, and what its parent holds; of an image in migration all, for its source may hold the rest."""
+    """`own` and what its parent holds; everything for an image in migration, because its source may hold the rest."""
 
     def object_name(self, number: int) -> str:
-        """What an object is called in the data pool."""
+        """The name of an object in the data pool."""
         return f"{self.object_prefix}.{number:0{self.object_digits}x}"
 
 
 def allocation(ioctx: rados.Ioctx, image: ImageRef, offset: int, length: int | None) -> Allocation:
-    """Of a range of an image; to its end without a length. Blocks. Raises RbdfsError.
+    """The allocation of a range of an image; without `length`, to its end. Blocks. Raises RbdfsError.
 
-    By an image that is open read-only: to list extents librbd takes the exclusive lock of one that is not.
+    The image is opened read-only: otherwise librbd takes the exclusive lock to list extents.
     """
-    with translated(f"ask where image {image.id} lies"), open_in_librbd(ioctx, image) as opened:
+    with translated(f"ask where image {image.id} is stored"), open_in_librbd(ioctx, image) as opened:
         stat = opened.stat()
         length = max(0, min(stat["size"] - offset, stat["size"] if length is None else length))
         own = _ranges(opened, offset, length, include_parent=False)

@@ -1,4 +1,4 @@
-"""The connection to a cluster: its pools, its images and their facts, without opening any."""
+"""A cluster: what it holds, and the images that are open in it."""
 
 import errno
 import logging
@@ -12,7 +12,7 @@ import rados
 import rbd
 import trio
 
-from rbdfs.catalog import ImageRef, ImageStat, Namespace, Pool, Usage
+from rbdfs.catalog import Catalog, ImageRef, ImageStat, Namespace, Pool, Usage
 from rbdfs.ceph import allocation, clients, placement
 from rbdfs.ceph.bindings.aio import LibrbdImage, Portal, open_in_librbd
 from rbdfs.ceph.bindings.health import ConnectionHealth
@@ -42,8 +42,8 @@ Ts = TypeVarTuple("Ts")
 KIB = 1024
 
 
-class Cluster:
-    """A `Catalog` (rbdfs/catalog.py) of a real cluster, and where images are opened."""
+class Cluster(Catalog):
+    """A connection to a cluster: lists its images, and opens them."""
 
     def __init__(self, connections: Connections, portal: Portal, name: str, only_pools: frozenset[str]) -> None:
         """`connect` does this."""
@@ -52,7 +52,7 @@ class Cluster:
         self._portal = portal
         self._only_pools = only_pools
         self._unclear_pools: AbstractSet[int] = frozenset()
-        """Those that did not answer at the last listing: the log has a line for each."""
+        """Pools that did not answer at the last listing: the log already has a line for each."""
         self._operations = connections.operations
         self._read_ioctx = connections.read_ioctx
         self._headers = HeaderClient(self._operations, self._read_ioctx, connections.client_ids)
@@ -67,7 +67,7 @@ class Cluster:
     async def connect(cls, options: ClusterOptions, only_pools: Iterable[str] = ()) -> "Cluster":
         """Connect within `connect_timeout`. `only_pools` limits what is listed and found.
 
-        Raises ConnectError, whose sentence says what is wrong on the way to the cluster, or with the rights there.
+        Raises ConnectError, which says what is wrong on the way to the cluster, or with the rights there.
         """
         portal, only = Portal(), frozenset(only_pools)
         connections = Connections(options, only, portal)
@@ -90,7 +90,6 @@ class Cluster:
         return cluster
 
     async def pools(self) -> list[Pool]:
-        """See `Catalog.pools`."""
         pools = await self._connections.pools()
         readable: list[Pool] = []
         unclear: dict[int, str] = {}
@@ -99,7 +98,7 @@ class Cluster:
             try:
                 may_read = await self._may_read(pool)
             except RbdfsError as error:
-                # Left out, it would be gone for a program that mirrors the mount; listed, it is an error to enter.
+                # Listed, it cannot be entered; left out, it would look removed to a program that mirrors the mount.
                 may_read = error.errno != errno.ENOENT
                 unclear[pool.id] = f"cannot tell whether pool {pool.name} may be read: {error}"
             if may_read:
@@ -114,7 +113,6 @@ class Cluster:
         return sorted(readable, key=lambda pool: pool.name)
 
     async def pool(self, name: str) -> Pool:
-        """See `Catalog.pool`."""
         for pool in await self._connections.pools():
             if pool.name == name:
                 if await self._may_read(pool):
@@ -123,31 +121,25 @@ class Cluster:
         raise RbdfsError(f"there is no pool {name} with the application rbd", errno.ENOENT)
 
     async def namespaces(self, pool: Pool) -> list[Namespace]:
-        """See `Catalog.namespaces`."""
         names = await rbd_directory.namespaces(self._operations, self._read_ioctx(Namespace(pool)))
         return [Namespace(pool, name) for name in sorted(names)]
 
     async def namespace(self, pool: Pool, name: str) -> Namespace:
-        """See `Catalog.namespace`."""
         namespace = Namespace(pool, name)
         if namespace in await self.namespaces(pool):
             return namespace
         raise RbdfsError(f"there is no image and no namespace {namespace}", errno.ENOENT)
 
     async def changed_ns(self, namespace: Namespace) -> int | None:
-        """See `Catalog.changed_ns`."""
         return await rbd_directory.changed_ns(self._operations, self._read_ioctx(namespace))
 
     async def image_names(self, namespace: Namespace) -> dict[str, ImageRef]:
-        """See `Catalog.image_names`."""
         return await rbd_directory.image_names(self._operations, self._read_ioctx(namespace), namespace)
 
     async def image(self, namespace: Namespace, name: str) -> ImageRef:
-        """See `Catalog.image`."""
         return await rbd_directory.image(self._operations, self._read_ioctx(namespace), namespace, name)
 
     async def snapshots(self, image: ImageRef) -> dict[str, ImageRef]:
-        """See `Catalog.snapshots`."""
         try:
             return await self._snapshots.by_name(image)
         except RbdfsError as error:
@@ -156,30 +148,24 @@ class Cluster:
             raise
 
     async def snapshot(self, image: ImageRef, name: str) -> ImageRef:
-        """See `Catalog.snapshot`."""
         snapshots = await self.snapshots(image)
         if name not in snapshots:
             raise RbdfsError(f"image {image.id} of {image.namespace} has no snapshot {name}", errno.ENOENT)
         return snapshots[name]
 
     async def stat(self, image: ImageRef) -> ImageStat:
-        """See `Catalog.stat`."""
         return await self._stat_reader.stat(image)
 
     async def stat_all(self, images: Iterable[ImageRef]) -> Mapping[ImageRef, ImageStat | None]:
-        """See `Catalog.stat_all`."""
         return await self._stat_reader.stat_all(images)
 
     async def attribute_names(self, image: ImageRef) -> list[str]:
-        """See `Catalog.attribute_names`."""
         return await self._attributes.names(image)
 
     async def attribute(self, image: ImageRef, name: str) -> str:
-        """See `Catalog.attribute`."""
         return await self._attributes.value(image, name)
 
     async def usage(self) -> Usage:
-        """See `Catalog.usage`."""
 
         def ask(client: rados.Rados) -> Mapping[str, int]:
             with translated("ask how full the cluster is"):
@@ -190,28 +176,28 @@ class Cluster:
 
     @property
     def health(self) -> ConnectionHealth:
-        """How the cluster has answered lately."""
+        """How the cluster has answered recently."""
         return self._portal.health
 
     @property
     def fsid(self) -> str:
-        """The cluster's id, which no other has."""
+        """The cluster's unique id."""
         return str(self._connections.current.rados.get_fsid())
 
     def setting(self, name: str) -> str:
-        """An option of Ceph's configuration, as it is for us."""
+        """An option of Ceph's configuration, as this client has it."""
         return str(self._connections.current.rados.conf_get(name))
 
     async def writers(self, image: ImageRef) -> list[str]:
-        """Who may write to an image now, by address. To be asked before we open it. Raises RbdfsError."""
+        """The addresses of clients that may write to an image now. Ask before opening it here. Raises RbdfsError."""
         return await self._ask_librbd(image, clients.writers, image)
 
     async def allocation(self, image: ImageRef, offset: int, length: int | None) -> allocation.Allocation:
-        """Where a range of an image lies, to its end without a length. Raises RbdfsError."""
+        """Where a range of an image is stored; without `length`, to the end of the image. Raises RbdfsError."""
         return await self._ask_librbd(image, allocation.allocation, image, offset, length)
 
     async def pool_name(self, pool_id: int) -> str:
-        """What a pool is called now. Raises RbdfsError."""
+        """The present name of a pool. Raises RbdfsError."""
 
         def ask(client: rados.Rados) -> str:
             with translated(f"look for pool {pool_id}"):
@@ -222,12 +208,12 @@ class Cluster:
     async def placements(
         self, pool_id: int, namespace: str, object_names: Iterable[str]
     ) -> Mapping[str, tuple[str, list[int]]]:
-        """Of objects in a pool, present or not, the placement group and its acting OSDs. Raises RbdfsError."""
+        """The placement group and acting OSDs of objects in a pool; they need not exist. Raises RbdfsError."""
         where = pool_id, namespace, set(object_names)
         return await self._connections.ask(lambda connection: partial(placement.placements, connection.rados, *where))
 
     async def open_image(self, spec: ImageSpec, image: ImageRef) -> CephImage:
-        """Open an image; `spec` is what it is called in messages. Raises RbdfsError."""
+        """Open an image; `spec` is its name in messages. Raises RbdfsError."""
 
         async def by_connection(_: Connection) -> CephImage:
             return await CephImage.open(
@@ -239,16 +225,16 @@ class Cluster:
         except RbdfsError as error:
             if error.errno != errno.ENOENT or not await self._stat_reader.is_broken(image):
                 raise
-            # Not ENOENT: rsync and tar take that for a file that was removed meanwhile, and are content.
+            # Not ENOENT: rsync and tar take that for a file that was just removed, and report no error.
             raise RbdfsError(
                 f"{error}; its pool names the image, but part of its header {header.object_of(image)} is missing",
                 errno.EIO,
             ) from error
 
     async def changes(self, since: ImageRef, later: Sequence[CephImage], kept_bytes: int) -> Changes:
-        """What has changed since a snapshot, up to those that are open, of the same image; beyond `kept_bytes` all has.
+        """What has changed since a snapshot, up to each of `later`, which are open; everything beyond `kept_bytes` has.
 
-        Raises RbdfsError: ENOENT where the snapshot is gone.
+        Raises RbdfsError: ENOENT if the snapshot is gone.
         """
         earlier = await self._earlier(since, later[0].spec)
         objects = [(image, await self._stat_reader.objects(image.image)) for image in later]
@@ -257,7 +243,7 @@ class Cluster:
     async def diff(self, since: ImageRef | None, image: CephImage) -> ImageDiff:
         """What has changed in an image or snapshot since an earlier snapshot, or since it was made.
 
-        Raises RbdfsError: ENOENT where the snapshot is gone.
+        Raises RbdfsError: ENOENT if the snapshot is gone.
         """
         head = replace(image.image, snapshot_id=None)
         _, snapshots = await header.snapshots(self._operations, self._read_ioctx(head.namespace), head)
@@ -272,7 +258,7 @@ class Cluster:
         return EarlierSnapshot(name, state, partial(self._snapshot_name, snapshot))
 
     async def _snapshot_name(self, snapshot: ImageRef) -> str:
-        """What it is called now. Raises RbdfsError."""
+        """The present name of a snapshot. Raises RbdfsError."""
         for name, other in (await self.snapshots(replace(snapshot, snapshot_id=None))).items():
             if snapshot == other:
                 return name
@@ -283,7 +269,7 @@ class Cluster:
         return str(self._connections.current.rados.pool_reverse_lookup(pool_id))
 
     async def _ask_librbd(self, image: ImageRef, function: Callable[[rados.Ioctx, *Ts], T], *args: *Ts) -> T:
-        """Call what blocks and uses Ceph's own binding of librbd. Raises what it raises."""
+        """Call a blocking function that uses Ceph's own binding of librbd. Raises what it raises."""
         where = image.namespace
         return await self._connections.ask(
             lambda connection: partial(function, connection.ioctx(where), *args), where.pool.id
@@ -297,7 +283,7 @@ class Cluster:
         return await self._ask_librbd(image, in_librbd)
 
     async def aclose(self) -> None:
-        """Disconnect. Every image must be closed: librados aborts the process otherwise."""
+        """Disconnect. Close all images first: librados aborts the process otherwise."""
         await self._handles.aclose()
         await self._connections.aclose()
 
@@ -305,7 +291,7 @@ class Cluster:
         return may_read(pool, await self._operations.ask(look_at(self._read_ioctx(Namespace(pool)))))
 
     async def _check_rights(self) -> None:
-        """Raise ConnectError where nothing could be shown, or a pool that was asked for could not."""
+        """Raise ConnectError if no pool can be shown, or if one that was asked for cannot."""
         pools = await self._connections.pools()
         missing = self._only_pools - {pool.name for pool in pools}
         if missing:

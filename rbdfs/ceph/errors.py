@@ -1,4 +1,4 @@
-"""Errors of Ceph's bindings → RbdfsError. Theirs share names with Python's own and are none of them."""
+"""Translate errors of Ceph's bindings to RbdfsError. They share names with Python's own errors, and are not theirs."""
 
 import errno
 import os
@@ -14,13 +14,13 @@ _FAMILIES = (rados.Error, rbd.Error)
 
 
 def errno_of(error: Exception) -> int:
-    """The positive errno that an exception of rados or rbd stands for; EIO where it has none."""
+    """The positive errno of an exception of rados or rbd; EIO if it has none."""
     number = getattr(error, "errno", None)
     return abs(number) if isinstance(number, int) and number else errno.EIO
 
 
 def reason_of(number: int) -> str:
-    """An errno of Ceph's in words."""
+    """The message for an errno of Ceph."""
     if number == errno.ESHUTDOWN:  # EBLOCKLISTED
         return "the cluster has blocklisted this client (see 'ceph osd blocklist ls')"
     return os.strerror(number)
@@ -30,7 +30,7 @@ def reason_of(number: int) -> str:
 def translated(doing: str) -> Iterator[None]:
     """Turn errors of the bindings into `cannot <doing>: <reason>`, with their errno.
 
-    They decode every string, and raise UnicodeDecodeError for what is not UTF-8.
+    They decode every string, and raise UnicodeDecodeError for one that is not UTF-8.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""From an object's name to its placement group, and to the OSDs that this is on.
+"""From an object's name to its placement group, and to the OSDs that store that.
 
 The first step is arithmetic, the same as Ceph's: `pg_pool_t::hash_key` and `raw_pg_to_pg` (src/osd/osd_types.cc),
-`ceph_str_hash_rjenkins` (src/common/ceph_hash.cc). The second only the monitors know (CRUSH, and the exceptions to it):
-they are asked once for each placement group, and not, as `ceph osd map` does, for each object.
+`ceph_str_hash_rjenkins` (src/common/ceph_hash.cc). Only the monitors know the second (CRUSH, and the exceptions to it):
+they are asked once for each placement group, not for each object as `ceph osd map` does.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ import rados
 from rbdfs.ceph.metadata.monitors import ask_monitors
 
 MONITOR_SECONDS = 30
-"""How long an answer of the monitors is waited for."""
+"""How long to wait for an answer of the monitors."""
 
 NO_OSD = 0x7FFFFFFF
-"""Stands in an acting set for a shard that no OSD has (CRUSH_ITEM_NONE)."""
+"""The place of a shard that no OSD has, in an acting set (CRUSH_ITEM_NONE)."""
 
 _MASK = 0xFFFFFFFF
 _GOLDEN_RATIO = 0x9E3779B9
@@ -33,7 +33,7 @@ class PlacementGroups:
     pg_num: int
 
     def of(self, object_name: str, namespace: str = "") -> str:
-        """The placement group of an object, as `ceph osd map` writes it."""
+        """The placement group of an object, as `ceph osd map` shows it."""
         key = object_name.encode(errors="surrogateescape")
         if namespace:
             key = namespace.encode(errors="surrogateescape") + _NAMESPACE_SEPARATOR + key
@@ -41,13 +41,13 @@ class PlacementGroups:
 
 
 def stable_mod(value: int, count: int) -> int:
-    """`ceph_stable_mod`: most values keep their group when there come to be more groups."""
+    """`ceph_stable_mod`: most values keep their group when groups are added."""
     mask = (1 << (count - 1).bit_length()) - 1
     return value & mask if value & mask < count else value & (mask >> 1)
 
 
 def rjenkins(key: bytes) -> int:
-    """Robert Jenkins' hash of 1996, which Ceph names objects' places by: 32 bits."""
+    """Robert Jenkins' hash of 1996, by which Ceph places objects: 32 bits."""
     a, b, c = _GOLDEN_RATIO, _GOLDEN_RATIO, 0
     whole = len(key) - len(key) % 12
     for i in range(0, whole, 12):
@@ -79,12 +79,12 @@ def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
 def placements(
     client: rados.Rados, pool_id: int, namespace: str, object_names: AbstractSet[str]
 ) -> Mapping[str, tuple[str, list[int]]]:
-    """The placement group and the acting set of each object, whether it is there or not.
+    """The placement group and the acting set of each object, whether it exists or not.
 
     The first OSD of an acting set is the primary. If the pool is erasure-coded, the n-th OSD has the n-th shard, or is
     NO_OSD.
 
-    Blocks. `mon 'profile rbd'` may ask for these. Raises RbdfsError.
+    Blocks. `mon 'profile rbd'` may ask this. Raises RbdfsError.
     """
     pools = _ask(client, "osd dump")["pools"]
     groups = PlacementGroups(pool_id, next(pool["pg_num"] for pool in pools if pool["pool"] == pool_id))

@@ -16,8 +16,8 @@ from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.ceph.metadata import header, object_map, stat
 from rbdfs.ceph.metadata.header import Snapshot
 from rbdfs.ceph.metadata.object_map import ObjectSet
-from rbdfs.ceph.metadata.snapshots import KEPT_FROM
-from rbdfs.ceph.metadata.stat import KEPT_FROM_OBJECTS
+from rbdfs.ceph.metadata.snapshots import CACHED_FROM
+from rbdfs.ceph.metadata.stat import CACHED_FROM_OBJECTS
 from rbdfs.errors import RbdfsError
 from tests.cluster import MIB, Ceph
 from tests.in_trio import in_trio
@@ -172,7 +172,7 @@ async def test_a_large_map_is_loaded_once_and_again_when_it_has_changed(
 
     decode_map = object_map.decode
     monkeypatch.setattr(object_map, "decode", decode)
-    size = KEPT_FROM_OBJECTS * 4 * MIB
+    size = CACHED_FROM_OBJECTS * 4 * MIB
     with ceph.ioctx() as ioctx:
         rbd.RBD().create(ioctx, name, size, old_format=False)
     async with counting(ceph, "rbd") as (cluster, namespace, asked):
@@ -200,7 +200,7 @@ async def test_many_snapshots_are_listed_once_and_again_when_one_was_made_or_rem
     decode_snapshot = header.decode_snapshot
     monkeypatch.setattr(header, "decode_snapshot", decode)
     ceph.make_image(name, b"content")
-    names = [f"snap{number}" for number in range(KEPT_FROM)]
+    names = [f"snap{number}" for number in range(CACHED_FROM)]
     with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as opened:
         for each in names:
             opened.create_snap(each)
@@ -208,7 +208,7 @@ async def test_many_snapshots_are_listed_once_and_again_when_one_was_made_or_rem
             image = await cluster.image(namespace, name)
             for each in names:
                 assert (await cluster.snapshot(image, each)).snapshot_id
-            assert len(decoded) == KEPT_FROM
+            assert len(decoded) == CACHED_FROM
             opened.create_snap("new")
             assert list(await cluster.snapshots(image)) == [*names, "new"]
             opened.remove_snap("snap0")
@@ -216,8 +216,8 @@ async def test_many_snapshots_are_listed_once_and_again_when_one_was_made_or_rem
                 await cluster.snapshot(image, "snap0")
             assert raised.value.errno == errno.ENOENT
             assert list(await cluster.snapshots(image)) == [*names[1:], "new"]
-            assert len(decoded) <= KEPT_FROM * 3 + 1
-            assert len(asked) < 3 * KEPT_FROM
+            assert len(decoded) <= CACHED_FROM * 3 + 1
+            assert len(asked) < 3 * CACHED_FROM
 
 
 @in_trio

@@ -15,7 +15,7 @@ from rbdfs.ceph.bindings.aio import LibrbdImage, Portal
 from rbdfs.ceph.bindings.librados import Ioctx
 from rbdfs.ceph.bindings.librbd import ImageInfo
 from rbdfs.ceph.image.ceph_image import CephImage
-from rbdfs.ceph.image.handle_cache import KEPT_AT_MOST, KEPT_SECONDS, HandleCache, Opened
+from rbdfs.ceph.image.handle_cache import CACHED_AT_MOST, CACHED_SECONDS, HandleCache, Opened
 from rbdfs.ceph.image.image_state import ImageState, Layer, Locker
 from rbdfs.ceph.metadata.header import Header
 from rbdfs.errors import RbdfsError
@@ -173,34 +173,34 @@ async def test_of_two_that_are_the_same_one_is_kept() -> None:
 @in_trio
 async def test_of_many_the_first_that_was_closed_goes_first() -> None:
     librbd = Librbd()
-    for number in range(KEPT_AT_MOST):
+    for number in range(CACHED_AT_MOST):
         await librbd.open_and_close(f"{number}")
     await librbd.open_and_close("0")
     assert not any(handle.closed for handle in librbd.opened)
     await librbd.open_and_close("one more")
-    assert [handle.closed for handle in librbd.opened] == [False, True] + [False] * (KEPT_AT_MOST - 1)
+    assert [handle.closed for handle in librbd.opened] == [False, True] + [False] * (CACHED_AT_MOST - 1)
     await librbd.handles.aclose()
 
 
 @with_a_clock
 async def test_each_is_closed_when_its_time_has_come(clock: trio.testing.MockClock) -> None:
     librbd = Librbd()
-    for pause in (0, KEPT_SECONDS / 2):
+    for pause in (0, CACHED_SECONDS / 2):
         clock.jump(pause)
         await librbd.open_and_close(f"{pause}")
     first, second = librbd.opened
-    clock.jump(KEPT_SECONDS / 2)
+    clock.jump(CACHED_SECONDS / 2)
     await trio.testing.wait_all_tasks_blocked()
     assert (first.closed, second.closed) == (True, False)
-    assert await librbd.open_and_close(f"{KEPT_SECONDS / 2}") is second  # and is kept as long again
-    clock.jump(KEPT_SECONDS / 2)
+    assert await librbd.open_and_close(f"{CACHED_SECONDS / 2}") is second  # and is kept as long again
+    clock.jump(CACHED_SECONDS / 2)
     await trio.testing.wait_all_tasks_blocked()
     assert not second.closed
-    clock.jump(KEPT_SECONDS / 2)
+    clock.jump(CACHED_SECONDS / 2)
     await trio.testing.wait_all_tasks_blocked()
     assert second.closed
     third = await librbd.open_and_close("later")  # also after none was left
-    clock.jump(KEPT_SECONDS)
+    clock.jump(CACHED_SECONDS)
     await trio.testing.wait_all_tasks_blocked()
     assert third.closed
 
@@ -210,7 +210,7 @@ async def test_the_end_waits_for_what_is_being_closed(clock: trio.testing.MockCl
     librbd = Librbd()
     slow = await librbd.open_and_close("slow")
     slow.may_close = trio.Event()
-    clock.jump(KEPT_SECONDS)
+    clock.jump(CACHED_SECONDS)
     await librbd.open_and_close("other")
     await trio.testing.wait_all_tasks_blocked()
     assert not slow.closed

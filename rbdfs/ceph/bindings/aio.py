@@ -1,9 +1,9 @@
-"""The one thread boundary: what librados and librbd do in threads of their own → the task in trio that waits for it.
+"""The one thread boundary: from threads of librados and librbd to the trio task that waits for them.
 
-Two ways lead over it. By librbd's event API a completion is a count on an eventfd, and the trio thread fetches what is
-there when it gets to it: no thread of Ceph's ever needs the GIL. Image data comes this way. By a callback, as Ceph's
-Python bindings have it, each completion runs Python in one of Ceph's threads; it does one thing there, hand over what
-it got, and leaves, and a batch of them costs one wake-up of the trio thread. The few answers of object classes come so.
+There are two ways. Image data comes by librbd's event API: a completion is a count on an eventfd, and the trio thread
+fetches completions when it gets to it, so no thread of Ceph's ever needs the GIL. The few answers of object classes
+come by callbacks: each runs Python in one of Ceph's threads, where it only hands over the result and returns. A batch
+of them costs one wake-up of the trio thread.
 """
 
 import logging
@@ -29,28 +29,28 @@ Ts = TypeVarTuple("Ts")
 
 
 class Holdable(Protocol):
-    """What must not be closed while it is used."""
+    """An object that must not be closed while it is in use."""
 
     def hold(self) -> None:
-        """It is used."""
+        """Keep it open until `release`."""
 
     def release(self) -> None:
-        """It is not any more."""
+        """End one `hold`."""
 
 
 class Portal:
     """Carries calls from any thread into the trio thread, in order."""
 
     def __init__(self) -> None:
-        """To be made in the trio thread that is to be called."""
+        """Make it in the trio thread that is to be called."""
         self.health = ConnectionHealth()
-        """What is known of the cluster by what came over here."""
+        """What the results that came through here say about the cluster."""
         self._token = trio.lowlevel.current_trio_token()
         self._arrived: deque[Callable[[], None]] = deque()
         self._woken = False
 
     def post(self, delivery: Callable[[], None]) -> None:
-        """Have `delivery` called in the trio thread. For any thread; returns at once, never raises."""
+        """Call `delivery` in the trio thread, later. May be called in any thread; returns at once, never raises."""
         self._arrived.append(delivery)
         # If this reads a flag that _deliver is about to clear, _deliver has not looked at the queue yet.
         if not self._woken:
@@ -61,9 +61,9 @@ class Portal:
                 log.debug("a completion arrived after the end")
 
     async def run_holding(self, user: Holdable, function: Callable[[*Ts], T], *args: *Ts, lane: Hashable = None) -> T:
-        """Call what blocks and uses `user`, in a thread. A cancel abandons the call, and `user` is held to its end."""
+        """Call a blocking function in a thread, and hold `user` until it ends. A cancel abandons the call."""
         user.hold()
-        turn = [user]  # who takes it out of here releases it: the thread, or the cancel if that comes first
+        turn = [user]  # the thread or the cancel takes it out, whichever is first, and releases it
 
         def call() -> T:
             turn.pop()
@@ -89,19 +89,19 @@ class Portal:
 
 
 class Future(Generic[T]):
-    """The one result that a task waits for."""
+    """A result that one task waits for."""
 
     def __init__(self) -> None:
         self._event = trio.Event()
         self._values: list[T] = []
 
     def set(self, value: T) -> None:
-        """In the trio thread, once."""
+        """Set the result. Call it in the trio thread, once."""
         self._values.append(value)
         self._event.set()
 
     async def get(self) -> T:
-        """A cancel abandons what was asked for: its result is dropped."""
+        """Wait for the result. A cancel ends only the waiting."""
         await self._event.wait()
         return self._values[0]
 
@@ -110,7 +110,7 @@ class LibrbdImage:
     """An image that is open in librbd, read-only; its reads complete by librbd's event API."""
 
     def __init__(self, ioctx: librados.Ioctx, image: ImageRef) -> None:
-        """Blocks. Raises RbdfsError. The connection is to be held until it is closed."""
+        """Open the image. Blocks. Raises RbdfsError. Hold the connection until the image is closed."""
         self.lifetime = ioctx.lifetime
         self.lane = ioctx.lane
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -129,31 +129,31 @@ class LibrbdImage:
         self._dispatching = trio.CancelScope()
         self._holds = 0
         self._idle: trio.Event | None = None
-        """Set when nothing is in flight, if somebody waits for that."""
+        """Set when nothing is in flight; None if no task waits for that."""
 
     def start(self) -> None:
-        """Begin to deliver completions. In the trio thread, before the first read."""
+        """Start to deliver completions. Call it in the trio thread, before the first read."""
         trio.lowlevel.spawn_system_task(self._dispatch)
 
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Where a range holds data, the parent's included: (image offset, length) pairs of whole objects. Blocks."""
+        """Where a range holds data, its own or its parent's: (image offset, length) pairs of whole objects. Blocks."""
         return [(found.offset, found.length) for found in self._image.diff(offset, length)]
 
     def changes(self, since: str | None, offset: int, length: int) -> list[librbd.Diff]:
-        """What of a range was written, discarded or cut off since a snapshot, or ever, as the OSDs know it. Blocks."""
+        """Where a range was written, discarded or cut off since a snapshot, or ever, as the OSDs know it. Blocks."""
         return self._image.diff(offset, length, since_snapshot=since, whole_object=False)
 
     def hold(self) -> None:
-        """Have `wait_until_idle` wait for a `release` as well, for what is no read in flight."""
+        """Make `wait_until_idle` wait for a `release` too."""
         self._holds += 1
 
     def release(self) -> None:
-        """What was held for has ended."""
+        """End one `hold`."""
         self._holds -= 1
         self._tell_if_idle()
 
     async def wait_until_idle(self) -> None:
-        """Return when no read is in flight and nothing is held: not when that was so before this task was woken."""
+        """Return when no read is in flight and there is no `hold`. It is still so when this task is woken."""
         while not self._is_idle():
             if self._idle is None:
                 self._idle = trio.Event()
@@ -171,21 +171,21 @@ class LibrbdImage:
         with self._dispatching:
             while True:
                 await trio.lowlevel.wait_readable(self._event)
-                # First the eventfd, then the completions: one that comes in between is counted again.
+                # First the eventfd, then the completions: one that comes in between is announced again.
                 os.eventfd_read(self._event)
                 self._image.complete_reads()
                 if self._idle is not None:
                     self._tell_if_idle()
 
     def close_unused(self) -> None:
-        """Close what `start` was not called for. Blocks."""
+        """Close an image that was not started. Blocks."""
         try:
             self._image.close()
         finally:
             os.close(self._event)
 
     async def aclose(self) -> None:
-        """Close. No read may be in flight. Raises RbdfsError."""
+        """Close the image. No read may be in flight. Raises RbdfsError."""
         self._dispatching.cancel()
         try:
             await run_in_thread(self._image.close, lane=self.lane)
@@ -194,9 +194,9 @@ class LibrbdImage:
 
 
 class _Image(rbd.Image):  # type: ignore[misc]
-    """One that is not asked for its name, which Ceph's binding cannot decode if it is not UTF-8.
+    """An image that does not ask for its name.
 
-    It would raise then in its constructor, with the image open, to be closed by whenever the garbage is collected.
+    If that is not UTF-8, the binding's constructor raises, and leaves the image open until it is garbage-collected.
     """
 
     def get_name(self) -> str:
@@ -204,7 +204,7 @@ class _Image(rbd.Image):  # type: ignore[misc]
 
 
 def open_in_librbd(ioctx: rados.Ioctx, ref: ImageRef) -> rbd.Image:
-    """An image or a snapshot, read-only, by Ceph's own binding. Blocks; raises its errors."""
+    """Open an image or a snapshot read-only, by Ceph's own binding. Blocks; raises its errors."""
     which = {"name": ref.id} if ref.format == 1 else {"image_id": ref.id}
     image = _Image(ioctx, read_only=True, **which)
     if ref.snapshot_id is not None:

@@ -1,4 +1,4 @@
-"""How Ceph encodes what its object classes take and answer (src/include/encoding.h): little-endian, end to end."""
+"""Ceph's encoding of the arguments and answers of object classes (src/include/encoding.h): little-endian, packed."""
 
 import errno
 import struct
@@ -11,14 +11,14 @@ NANOSECONDS = 10**9
 
 
 class MalformedError(RbdfsError):
-    """Bytes that are not what Ceph puts there, or that only a newer reader may read."""
+    """Bytes that Ceph would not write, or that need a newer reader."""
 
     errno = errno.EIO
 
 
 @contextmanager
 def understood(what: str) -> Iterator[None]:
-    """Say in a MalformedError what it is that cannot be understood."""
+    """Name what is decoded in the message of a MalformedError."""
     try:
         yield
     except MalformedError as error:
@@ -32,9 +32,9 @@ def encode_string(text: str) -> bytes:
 
 
 class Reader:
-    """Takes one value after the other. Raises MalformedError if there are too few bytes, and never reads past its end.
+    """Reads one value after the other. Raises MalformedError if there are too few bytes; never reads past its end.
 
-    What comes after the values that are asked for may be anything: newer releases append values.
+    Bytes after the last value that is asked for are ignored: newer releases append values.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -59,7 +59,7 @@ class Reader:
         return self._integer("<q", 8)
 
     def raw(self, length: int) -> bytes:
-        """So many bytes."""
+        """The next `length` bytes."""
         start = self._take(length)
         return self._data[start : start + length]
 
@@ -68,7 +68,7 @@ class Reader:
         return self.raw(self.u32())
 
     def string(self) -> str:
-        """As `bytes`; what is not UTF-8 is kept by surrogateescape."""
+        """As `bytes`, decoded; surrogateescape keeps bytes that are not UTF-8."""
         return self.bytes().decode(errors="surrogateescape")
 
     def time_ns(self) -> int:
@@ -77,10 +77,10 @@ class Reader:
         return seconds * NANOSECONDS + self.u32()
 
     def structure(self, known: int) -> tuple[int, "Reader"]:
-        """A versioned structure (ENCODE_START): its version, and a reader of it; this reader is past its end then.
+        """A versioned structure (ENCODE_START): its version, and a reader for it. This reader moves past its end.
 
-        `known` is the newest version that the caller knows. A structure says which version a reader must know to read
-        it; what a newer one has more stands at its end.
+        `known` is the newest version that the caller knows. A structure says which version a reader must know; newer
+        versions append values at the end.
         """
         version, readable_as, length = self.u8(), self.u8(), self.u32()
         if readable_as > known:
@@ -95,7 +95,7 @@ class Reader:
         return int(value)
 
     def _take(self, length: int) -> int:
-        """Go past so many bytes; where they start."""
+        """Move past `length` bytes; returns where they start."""
         start = self._position
         if length > self._end - start:
             raise MalformedError(f"{length} bytes announced, {self._end - start} there")

@@ -1,6 +1,6 @@
-"""A connection to the cluster of our own, through ctypes: Ceph's Python binding does not export its `rados_t`.
+"""Our own connection to the cluster, through ctypes: Ceph's Python binding does not export its `rados_t`.
 
-Images are opened through it by librbd.py, read operations by read_op.py. All here blocks, and releases the GIL: call it
+librbd.py opens images through it, and read_op.py sends read operations. All calls block and release the GIL: make them
 in a worker thread. Close in the order image, ioctx, cluster: an image closed after `shutdown` hangs for ever.
 """
 
@@ -22,14 +22,14 @@ READ_OPTIONS: Mapping[str, str] = {
     "objecter_inflight_op_bytes": str(1 << 40),
     "rbd_atime_update_interval": "0",
 }
-"""Ceph options for a connection that only reads; what the user configured goes over them.
+"""Ceph options for a connection that only reads; the user's configuration overrides them.
 
 One librados thread, not two: with 16 reads of 4 KiB in flight it saves a fifth to a quarter of the CPU time a read
 and half of the context switches (Ceph 16.2.15, 2 cores, another program busy), and large reads are as fast. With the
-callbacks of Ceph's own binding it is slower, so it is not for that connection. What may be in flight we limit
-ourselves, by pool: librados, at 1,024 operations or 100 MiB, would block the thread that asks. Interval 0: a read must
-not write an access timestamp. On top of these, `rbd_cache=false`, `rbd_io_scheduler=none` and `ms_async_op_threads=1`
-brought nothing that stands out from the noise.
+callbacks of Ceph's own binding it is slower, so it is not for that connection. We limit what is in flight
+ourselves, by pool: librados, at 1,024 operations or 100 MiB, would block the calling thread. Interval 0: a read must
+not write an access timestamp. Beyond these, `rbd_cache=false`, `rbd_io_scheduler=none` and `ms_async_op_threads=1`
+made no measurable difference.
 """
 
 
@@ -37,7 +37,7 @@ HANDLE = POINTER(c_void_p)
 
 
 def load(name: str, how: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
-    """One of Ceph's libraries; as a PyDLL it keeps the GIL in calls. Raises ImportError."""
+    """Load one of Ceph's libraries; a PyDLL keeps the GIL in calls. Raises ImportError."""
     try:
         return how(name)
     except OSError as error:
@@ -81,7 +81,7 @@ class Cluster:
         self._lifetime = lifetime
 
     def open_ioctx(self, namespace: Namespace) -> "Ioctx":
-        """An ioctx, by the pool's id. Waits for an OSD map if the pool is not in the one at hand."""
+        """Open an ioctx. Waits for an OSD map if the pool is not in the present one."""
         handle, pool_id = c_void_p(), namespace.pool.id
         check(_rados_ioctx_create2(self._handle, pool_id, byref(handle)), f"cannot use pool {pool_id}")
         if namespace.name:
@@ -90,11 +90,11 @@ class Cluster:
 
     @property
     def client_id(self) -> int:
-        """By which others see our watches."""
+        """The id by which others see our watches."""
         return int(_rados_get_instance_id(self._handle))
 
     def flush_watches(self) -> None:
-        """Wait until no callback of a watch is running any more; those that were ended cause no others."""
+        """Wait until no callback of a watch runs. Watches that were given back start no new ones."""
         _rados_watch_flush(self._handle)
 
     def shutdown(self) -> None:
@@ -114,7 +114,7 @@ def connect(
     """Connect: first `conf_file` is read (None: where Ceph looks by default), then the environment (CEPH_ARGS,
     CEPH_KEYRING), then `options` are set. Without `read_conf` there is no file.
 
-    Blocks for up to the option `client_mount_timeout` (300 s by default) where no monitor answers.
+    Blocks for up to the option `client_mount_timeout` (300 s by default) if no monitor answers.
     """
     handle = c_void_p()
     result = _rados_create2(byref(handle), cluster_name.encode(), client_name.encode(), 0)
@@ -142,15 +142,15 @@ class Ioctx:
         self.namespace = namespace
         self.pool_id = namespace.pool.id
         self.lifetime = lifetime
-        """Of the connection: who uses the ioctx holds it."""
+        """Of the connection. Hold it while using the ioctx."""
         self.lane = lifetime.lane(self.pool_id)
-        """Of the threads that wait for this pool by this connection."""
+        """For the threads that wait for this pool by this connection."""
 
     @property
     def pointer(self) -> c_void_p:
-        """The `rados_ioctx_t`, for calls that are bound elsewhere; not after `destroy`."""
+        """The `rados_ioctx_t`, for calls that are bound in other files. Invalid after `destroy`."""
         return self._handle
 
     def destroy(self) -> None:
-        """Close. All images opened through it must be closed."""
+        """Close it. All images that were opened through it must be closed."""
         _rados_ioctx_destroy(self._handle)

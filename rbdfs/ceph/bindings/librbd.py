@@ -1,18 +1,18 @@
 """The part of librbd that Ceph's Python binding lacks, through ctypes: reads without callbacks.
 
 The binding reports each finished read by a callback in a librbd thread, which must take the GIL to run it. librbd's
-event API needs no foreign thread: it counts completions on an eventfd that the trio thread waits for, and hands
-them over when polled.
+event API needs no foreign thread: it counts completions on an eventfd that the trio thread waits for, and returns
+them when polled.
 
-Two kinds of calls, by what they do with the GIL:
+There are two kinds of calls:
 
 - **Blocking** (`open_image`, `close`, `info`, `diff`, everything that can wait for the cluster): they
   release the GIL. Call them in a worker thread.
 - **Short** (`Image.start_read`, `Image.complete_reads`): they never wait for the cluster, and keep the GIL
-  (`ctypes.PyDLL`). In an idle interpreter that is no faster; beside a busy Python thread, to give the GIL up in each
+  (`ctypes.PyDLL`). In an idle interpreter that is no faster. Beside a busy Python thread, releasing the GIL in each
   call made reads 1.3 to 5 times slower. Call them in one thread, the one that waits for the eventfd.
 
-Close an image before its ioctx and its connection (librados.py): closed after `shutdown`, it hangs for ever.
+Close an image before its ioctx and its connection (librados.py): after `shutdown` its close hangs for ever.
 """
 
 import ctypes
@@ -31,8 +31,8 @@ from rbdfs.errors import RbdfsError
 log = logging.getLogger(__name__)
 
 OnComplete = Callable[[int, bytes], None]
-"""Takes a read's result, a count of bytes or a negative errno, and the buffer. Of a read that was short, or failed, the
-buffer is of no use."""
+"""Takes a read's result, a count of bytes or a negative errno, and the buffer. Ignore the buffer if the read was short
+or failed."""
 
 _EVENT_TYPE_EVENTFD = 2
 _COMPLETIONS_PER_POLL = 64
@@ -106,7 +106,7 @@ class ImageInfo:
 
 
 class Diff(NamedTuple):
-    """A piece of an image, in image offsets, that holds data, or (`exists` False) that was zeroed since."""
+    """A range of an image that holds data, or that was zeroed (`exists` is False). `offset` is an image offset."""
 
     offset: int
     length: int
@@ -114,7 +114,7 @@ class Diff(NamedTuple):
 
 
 def _drop(_result: int, _data: bytes) -> None:
-    """Of a read that nobody waits for any more."""
+    """The callback of a read whose result nobody wants any more."""
 
 
 class Image:
@@ -123,7 +123,7 @@ class Image:
     def __init__(self, handle: c_void_p, name: str) -> None:
         self._name = name
         self._handle = handle.value
-        # By address of the completion. Keeps the buffer alive: librbd writes into it until the read completes.
+        # By the address of the completion. Keeps the buffer alive: librbd writes into it until the read completes.
         self._in_flight: dict[int, tuple[OnComplete, bytes]] = {}
         self._new = _Completion()
         self._new_ref = byref(self._new)
@@ -131,7 +131,7 @@ class Image:
 
     @property
     def reads_in_flight(self) -> int:
-        """Reads that were started and have not come back."""
+        """The count of reads that were started and have not completed."""
         return len(self._in_flight)
 
     def start_read(self, offset: int, length: int, callback: OnComplete) -> None:
@@ -149,9 +149,9 @@ class Image:
         _rbd_aio_read(self._handle, offset, length, buffer, completion)
 
     def complete_reads(self) -> None:
-        """Call back the reads that have completed since the last call; short, keeps the GIL.
+        """Call the callbacks of reads that have completed since the last call; short, keeps the GIL.
 
-        A result is the count of bytes read, or a negative errno. A read across the end of the image is short, one that
+        A result is the count of bytes read, or a negative errno. A read across the end of the image is short; one that
         starts at or past the end is -EINVAL. Call it after reading the eventfd, not before, or a completion may be left
         behind unannounced. It may find nothing: a completion is announced just after it can be found. Never raises.
         """
@@ -169,7 +169,7 @@ class Image:
                     log.exception("a completion could not be delivered")
 
     def refuse_reads(self) -> None:
-        """End the reads in flight with ESHUTDOWN now. What the cluster still answers is dropped. Never raises."""
+        """End the reads in flight with ESHUTDOWN now. Later answers of the cluster are dropped. Never raises."""
         for completion, (callback, buffer) in list(self._in_flight.items()):
             self._in_flight[completion] = (_drop, buffer)
             try:
@@ -180,8 +180,8 @@ class Image:
     def close(self) -> None:
         """Wait for the reads in flight, then close; blocking. Reads that `complete_reads` did not see are dropped.
 
-        An interpreter that exits with reads in flight frees their buffers under librbd's hands, and crashes. Nothing
-        else may use the image at the same time. Closing twice does nothing.
+        An interpreter that exits with reads in flight frees their buffers while librbd writes to them, and crashes.
+        Nothing else may use the image at the same time. Closing twice does nothing.
         """
         handle, self._handle = self._handle, None
         if handle is None:
@@ -205,9 +205,9 @@ class Image:
         )
 
     def invalidate_cache(self) -> None:
-        """Drop what librbd's own cache holds; blocking, without a question to the cluster.
+        """Empty librbd's own cache; blocking, without a question to the cluster.
 
-        We turn that cache off, but the configuration of a pool or an image overrides what a client sets
+        We turn that cache off, but the configuration of a pool or an image overrides the options of a client
         (`ImageCtx::apply_metadata`).
         """
         check(_rbd_invalidate_cache(self._handle), f"cannot invalidate the cache of image {self._name}")
@@ -220,7 +220,7 @@ class Image:
             result = _rbd_watchers_list(self._handle, found, byref(count))
             if result != -errno.ERANGE:  # else `count` is now how many there are
                 break
-        check(result, f"cannot list who watches image {self._name}")
+        check(result, f"cannot list the watchers of image {self._name}")
         clients = frozenset(watcher.id for watcher in found[: count.value])
         _rbd_watchers_list_cleanup(found, count)
         return clients
@@ -234,9 +234,9 @@ class Image:
         include_parent: bool = True,
         whole_object: bool = True,
     ) -> list[Diff]:
-        """What a range holds, or what of it changed since a snapshot (by name), by offset; blocking.
+        """Where a range holds data, or has changed since a snapshot (by its name), by offset; blocking.
 
-        With a valid fast-diff map and `whole_object` it costs milliseconds, else a request an object.
+        With a valid fast-diff map and `whole_object` it takes milliseconds, else one request for each object.
         """
         found: list[Diff] = []
 
@@ -269,9 +269,9 @@ def open_image(
 ) -> Image:
     """Open an image at a snapshot or at HEAD, read-only; `by_name` takes its name for `image_id` (format 1).
 
-    `event_fd` is an eventfd, non-blocking, that outlives the image; several images may share it. librbd does not check
-    it: with a wrong one, completions are never announced. The image is not watched: one that is then removed reads as
-    zeros, without an error.
+    `event_fd` is a non-blocking eventfd that outlives the image; several images may share it. librbd does not check it:
+    with a wrong one, completions are never announced. The image is not watched: if it is removed, it reads as zeros,
+    without an error.
     """
     function = _rbd_open_read_only if by_name else _rbd_open_by_id_read_only
     handle = c_void_p()

@@ -1,8 +1,8 @@
-"""Several questions to one object in one message: librados's read operations, which Ceph's Python bindings lack.
+"""Read operations of librados, which Ceph's Python bindings lack: several questions to one object in one message.
 
-To stat an image is to ask its header half a dozen things; as calls of their own they are as many round trips. Many
-operations go out at once, and one task waits for all of them: `operate` is what makes `ls -l` of thousands of images
-fast. What completes comes over the thread boundary as `aio` describes it.
+To stat an image, its header is asked half a dozen questions, which would be as many round trips. `operate` sends many
+operations at once, and one task waits for all of them: that makes `ls -l` of thousands of images fast. Completions come
+over the thread boundary as aio.py describes.
 """
 
 import ctypes
@@ -26,12 +26,12 @@ from rbdfs.errors import RbdfsError
 from rbdfs.threads import run_in_thread
 
 OPERATIONS_AT_ONCE: Final = 512
-"""To one pool, so that a listing of a large one leaves its OSDs time for reads."""
+"""For one pool, so that a listing of a large pool leaves its OSDs time for reads."""
 
 MANY: Final = 8
-"""So many operations at once are worth a thread that waits for them."""
+"""From this count of operations on, one thread waits for all of them."""
 
-_FAILOK: Final = 2  # LIBRADOS_OP_FLAG_FAILOK: what comes after a call that fails is done all the same
+_FAILOK: Final = 2  # LIBRADOS_OP_FLAG_FAILOK: a call that fails does not stop those after it
 
 
 class _CallResult(ctypes.Structure):
@@ -93,25 +93,25 @@ class Request(NamedTuple):
     object_name: str
     calls: Sequence[Call] = ()
     keys: tuple[bytes, ...] = ()
-    """Which of its omap's values to tell."""
+    """Keys of its omap whose values to return."""
     stat: bool = False
     read_bytes: int = 0
-    """How much of its data to read at most, from the beginning."""
+    """How many bytes of its data to read at most, from the beginning."""
 
 
 class Reply(NamedTuple):
-    """What it answered. Where `result` is negative, an errno, there is nothing else: ENOENT where it is not there."""
+    """An object's answer. If `result` is negative, an errno, there is nothing else: ENOENT if there is no object."""
 
     result: int
     calls: Sequence[tuple[int, bytes]] = ()
-    """Of each call its result, a negative errno if it failed, and its answer."""
+    """For each call its result, a negative errno if it failed, and its answer."""
     values: Mapping[bytes, bytes] = MappingProxyType({})
-    """Of the keys that it has."""
+    """Of those keys that the object has."""
     modified_ns: int = 0
     """When the object was last written to, to the second, in nanoseconds since the epoch."""
     data: bytes = b""
     version: int = 0
-    """The object's, which moves with each write to it."""
+    """The version of the object, which changes with each write to it."""
 
     def check(self, what: str) -> None:
         """Raise RbdfsError (`cannot <what>: <reason>`) if the whole operation failed."""
@@ -126,7 +126,7 @@ class Reply(NamedTuple):
 
 
 class _Operation:
-    """One message, and where librados writes the answers to it."""
+    """One message, and the memory where librados writes the answers."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -155,15 +155,15 @@ class _Operation:
             _read(handle, 0, request.read_bytes, self._data, length, result)
 
     def send(self, callback: Callable[..., None] | None, argument: int | None) -> int:
-        """Off it goes. Below 0, an errno, it did not."""
+        """Send it. Returns a negative errno if it was not sent."""
         _create_completion(argument, callback or _NO_CALLBACK, byref(self.completion))
-        if self.request.ioctx.lifetime.is_over:  # and perhaps closed
+        if self.request.ioctx.lifetime.is_over:  # its ioctx may be closed
             return -errno.ESHUTDOWN
         name = self.request.object_name.encode(errors="surrogateescape")
         return int(_operate(self._handle, self.request.ioctx.pointer, self.completion, name, 0))
 
     def finish(self, result: int | None = None) -> Reply:
-        """When it has completed, or was not sent (then `result` says why): the answers, out of librados's memory."""
+        """Copy the answers out of librados's memory, and free that. `result` is why it was not sent, if it was not."""
         if result is None:
             result = _return_value(self.completion)
         version = _version(self.completion)
@@ -181,12 +181,12 @@ class _Operation:
 
 @lru_cache
 def _as_arrays(keys: tuple[bytes, ...]) -> tuple[object, int, object]:
-    """As C takes them: pointers, how many, lengths."""
+    """For C: pointers, count, lengths."""
     return (c_char_p * len(keys))(*keys), len(keys), (c_size_t * len(keys))(*map(len, keys))
 
 
 def _take_values(iterator: c_void_p, result: int) -> Mapping[bytes, bytes]:
-    """What an iterator yields. Of an operation that timed out it points nowhere (C_OmapIter was never called)."""
+    """The pairs of an iterator. After a timeout it points nowhere (C_OmapIter was never called)."""
     key, value, key_length, value_length = c_void_p(), c_void_p(), c_size_t(), c_size_t()
     results = byref(key), byref(value), byref(key_length), byref(value_length)
     values = {}
@@ -197,41 +197,41 @@ def _take_values(iterator: c_void_p, result: int) -> Mapping[bytes, bytes]:
 
 
 _under_way: dict[int, Callable[[], None]] = {}
-"""What to call when an operation has completed, by the number that librados gives back; holds on to the operation."""
+"""What to call when an operation has completed, by the number that librados passes back; keeps the operation alive."""
 _numbers = itertools.count(1)
 
 
 def _completed(_completion: int, number: int) -> None:
-    """In a thread of librados: hand over, and leave."""
+    """Runs in a thread of librados: hand over, and return."""
     _under_way.pop(number)()
 
 
-# Of the module, not of whoever sends: librados calls it for as long as it owes an answer, and returns through it.
+# It belongs to the module, not to an object: librados may call it, and return through it, after its sender is gone.
 _on_complete = _Callback(_completed)
 
 
 class ReadOperations:
-    """Sends read operations; to be made, and used, in the trio thread."""
+    """Sends read operations. All in the trio thread."""
 
     def __init__(self, portal: Portal, ioctx_of: Callable[[Namespace], librados.Ioctx]) -> None:
-        """`ioctx_of` gives one of the connection of now; it raises RbdfsError."""
+        """`ioctx_of` gives an ioctx of the present connection; it raises RbdfsError."""
         self._portal = portal
         self._ioctx_of = ioctx_of
         self._in_flight: Counter[Hashable] = Counter()
-        """By the lane of the ioctx."""
+        """Count of operations, by the lane of the ioctx."""
         self._some_ended = trio.Event()
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """All at once; the replies are in the order of the requests. Never raises.
+        """Send all at once; the replies are in the order of the requests. Never raises.
 
-        A cancel abandons what is under way. No more than OPERATIONS_AT_ONCE are in flight to the pool of the first, of
-        this and other calls. If the connection is replaced meanwhile, all is asked again by the new one.
+        A cancel ends only the waiting. All calls together have at most OPERATIONS_AT_ONCE in flight to a pool; the pool
+        of the first request counts. If the connection is replaced, all are sent again by the new one.
         """
         replies: Sequence[Reply] = []
         for _ in range(ATTEMPTS if requests else 0):
             try:
                 requests = [self._by_the_newest(request) for request in requests]
-            except RbdfsError as error:  # the pool was removed meanwhile
+            except RbdfsError as error:  # the pool was removed
                 return [Reply(-error.errno)] * len(requests)
             lifetime = requests[0].ioctx.lifetime
             replies = []
@@ -247,7 +247,7 @@ class ReadOperations:
         return request._replace(ioctx=self._ioctx_of(ioctx.namespace)) if ioctx.lifetime.is_over else request
 
     async def operate_once(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """As `operate`, by the connection of the requests alone. What that refuses is ESHUTDOWN."""
+        """As `operate`, only by the connection of the requests. If that is over, the result is ESHUTDOWN."""
         lane = requests[0].ioctx.lane
         while (waiting := self._in_flight[lane]) and waiting + len(requests) > OPERATIONS_AT_ONCE:
             await self._some_ended.wait()
@@ -256,11 +256,11 @@ class ReadOperations:
         return await self._send_many(requests)
 
     async def ask(self, request: Request) -> Reply:
-        """One operation alone."""
+        """Send one request."""
         return (await self.operate((request,)))[0]
 
     def _send_one(self, request: Request) -> Future[Reply]:
-        """Answered by a callback: no thread has to wait for it."""
+        """Send a request that a callback answers, so that no thread waits for it."""
         operation, answer, number = _Operation(request), Future[Reply](), next(_numbers)
         ioctx = request.ioctx
         self._begin(ioctx, 1)
@@ -278,7 +278,7 @@ class ReadOperations:
         return answer
 
     async def _send_many(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """A thread waits for all of them: a callback each would have the GIL change hands each time."""
+        """Send requests that one thread waits for: with a callback for each, the GIL would change hands each time."""
         operations = [_Operation(request) for request in requests]
         ioctx = requests[0].ioctx
         self._begin(ioctx, len(operations))
@@ -297,7 +297,7 @@ class ReadOperations:
                     _wait_for_complete(operation.completion)
             self._portal.post(end)
 
-        # Not in this task: a cancel would let go of the memory that librados is writing to.
+        # Not in this task: a cancel would free the memory that librados writes to.
         trio.lowlevel.spawn_system_task(partial(run_in_thread, wait, abandon_on_cancel=True, lane=ioctx.lane))
         return await answer.get()
 

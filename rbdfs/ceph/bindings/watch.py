@@ -1,8 +1,8 @@
-"""A watch on an object by librados's completions: no thread waits for an OSD.
+"""A watch on an object, by librados's completions: no thread waits for an OSD.
 
-Ceph's own binding blocks a thread for each call. A watch that it could not give back in time it gives back once more
-when the object is freed (`rados.Watch.__dealloc__`, 16.2), by a cookie that librados has freed by then: mounts died of
-it when the OSD came back.
+Ceph's own binding blocks a thread for each call. If it could not give a watch back in time, it does so again when the
+Python object is freed (`rados.Watch.__dealloc__`, 16.2), by a cookie that librados has already freed: mounts crashed
+when the OSD came back.
 """
 
 import itertools
@@ -35,14 +35,14 @@ _aio_unwatch = _bind("rados_aio_unwatch", c_int, c_void_p, c_uint64, c_void_p)
 _notify_ack = _bind("rados_notify_ack", c_int, c_void_p, c_char_p, c_uint64, c_uint64, c_char_p, c_int)
 
 DEFAULT_TIMEOUT: Final = 0
-"""Until an OSD drops the watch of a client that is gone: `osd_client_watch_timeout`, 30 s."""
+"""The OSD drops the watch of a client that is gone after `osd_client_watch_timeout`, 30 s."""
 
 
 class Watch:
     """A watch on an object. All in the trio thread."""
 
     def __init__(self, ioctx: librados.Ioctx, object_name: str, portal: Portal, on_lost: Callable[[], None]) -> None:
-        """`take` does this."""
+        """Use `take`."""
         self._ioctx = ioctx
         self._name = object_name.encode(errors="surrogateescape")
         self._portal = portal
@@ -56,7 +56,7 @@ class Watch:
     ) -> "Watch":
         """Watch an object. `on_lost` is called in the trio thread when the watch is lost, perhaps more than once.
 
-        A cancel gives the watch back as soon as it is had. Raises RbdfsError.
+        A cancel gives the watch back as soon as it is there. Raises RbdfsError.
         """
         watch = cls(ioctx, object_name, portal, on_lost)
         ioctx.lifetime.hold()  # until it is given back
@@ -81,7 +81,7 @@ class Watch:
         return watch
 
     async def give_back(self) -> None:
-        """End it. A cancel ends the waiting alone. Raises RbdfsError; the watch is gone then, too."""
+        """End the watch. A cancel ends only the waiting. Raises RbdfsError; the watch is gone then, too."""
         del _watches[self._number]
         unwatch = self._send(lambda completion: _aio_unwatch(self._ioctx.pointer, self._cookie, completion))
         answer = Future[int]()
@@ -89,7 +89,7 @@ class Watch:
         librados.check(await answer.get(), f"cannot end the watch on {self._name.decode(errors='replace')}")
 
     async def _let_go(self, unwatch: Future[int], answer: Future[int]) -> None:
-        """The connection is not used any more, whether or not somebody still waits for the end of the watch."""
+        """Release the connection at the end of the watch, whether or not a task still waits for that."""
         result = await unwatch.get()
         self._ioctx.lifetime.release()
         answer.set(result)
@@ -107,10 +107,10 @@ class Watch:
             await self._taken(answer)
             await self.give_back()
         except RbdfsError:
-            pass  # there is none, or the cluster ends it
+            pass  # there is no watch, or the cluster ends it
 
     def _send(self, start: Callable[[c_void_p], int]) -> Future[int]:
-        """Start an operation with a completion; its result is the answer."""
+        """Start an operation with a completion, whose result is set in the future."""
         answer, number, completion = Future[int](), next(_numbers), c_void_p()
         _under_way[number] = partial(self._complete, answer)
         _create_completion(number, _on_complete, byref(completion))
@@ -122,19 +122,19 @@ class Watch:
         return answer
 
     def _complete(self, answer: Future[int], result: int) -> None:
-        """In a thread of librados."""
+        """Runs in a thread of librados."""
         self._portal.post(partial(answer.set, result))
 
     def acknowledge(self, notification: int, cookie: int) -> None:
-        """In a thread of librados: say at once that it was heard."""
+        """Acknowledge a notification at once. Runs in a thread of librados."""
         _notify_ack(self._ioctx.pointer, self._name, notification, cookie, None, 0)
 
     def lose(self) -> None:
-        """In a thread of librados."""
+        """Runs in a thread of librados."""
         self._portal.post(self._on_lost)
 
 
-# What librados's threads are given is a number: one that stands for nothing any more does no harm.
+# librados's threads are given numbers, not objects: a number of something that is gone does no harm.
 _numbers = itertools.count(1)
 _watches: dict[int, Watch] = {}
 _under_way: dict[int, Callable[[int], None]] = {}

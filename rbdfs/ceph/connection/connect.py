@@ -170,7 +170,7 @@ def why_no_osd_answers(monitors: Monitors, name: str) -> str:
     """
     osds = list(_addresses(_ask(monitors, "osd dump").get("osds", [])))
     if not osds:
-        return "the monitors report none as up; see 'ceph osd tree'"
+        return "none is up that the monitors tell of; see 'ceph osd tree'"
     checks = _ask(monitors, "health").get("checks", {})
     for fault in FAULTS:
         if fault in checks:

@@ -74,7 +74,7 @@ class Extents:
             # What was removed is no hole. And the flags, which say whether the maps are valid, must be asked after the
             # maps were loaded.
             if await image.revalidator.stable_size() < offset + length:
-                raise BeyondEndError(f"{what}: it was shrunk meanwhile")
+                raise BeyondEndError(f"{what}: it was shrunk during the question")
             if handle is image.handle:
                 return found
         raise RbdfsError(f"{what}: the image and its parents change all the time")

@@ -1,8 +1,8 @@
-"""Images that are open in librbd, and those that were closed a moment ago, kept for who opens the image again.
+"""Images that are open in librbd; those that were closed a moment ago stay open for the next open().
 
-That librbd opens an image costs more than all else of an open() but the watch, and one open() soon follows another:
-`cp` comes after `file` or `cmp`, and `dd` twice. Nobody notices an image that is kept: it is open read-only, and what
-holds off a removal is a watch of ours (header_watch.py), which ends with the file's close().
+Opening an image in librbd costs more than everything else of an open() except the watch, and one open() soon follows
+another: `cp` comes after `file` or `cmp`. Other clients do not notice a cached image: it is open read-only, and only
+our own watch (header_watch.py), which ends with the file's close(), holds off a removal.
 """
 
 import logging
@@ -24,12 +24,12 @@ from rbdfs.threads import run_in_thread
 
 log = logging.getLogger(__name__)
 
-KEPT_SECONDS = 5.0
-"""How long an image is kept: what a script or a person does next with the same file begins by then."""
+CACHED_SECONDS = 5.0
+"""How long an image stays open: the next thing that a script or a person does with the file begins within it."""
 
-KEPT_AT_MOST = 16
-"""Images. Each took 0.4 MiB of memory here (16.2), and takes a quarter of a byte an object of a snapshot's object map;
-who reads a pool, one image after the other, is not to keep all of it open."""
+CACHED_AT_MOST = 16
+"""Images: a program that reads all images of a pool, one after the other, must not leave all of them open. Each took
+0.4 MiB of memory here (16.2); a snapshot's object map takes a quarter of a byte for each object."""
 
 
 class Opened(NamedTuple):
@@ -38,13 +38,15 @@ class Opened(NamedTuple):
     handle: LibrbdImage
     info: librbd.ImageInfo
     state: ImageState
-    """As the headers had it just before it was opened."""
+    """What the headers said just before it was opened."""
     is_immutable: bool = False
-    """It is a snapshot, and was opened when nobody could be filling it any more."""
+    """It is a snapshot that nobody could be filling any more when it was opened."""
 
     def is_still(self, state: ImageState) -> bool:
-        """Whether librbd would open the same now, by the same connection. It loads the object maps of snapshots: those
-        that are being filled change without a trace in any header."""
+        """Whether librbd would open the same now, by the same connection.
+
+        librbd loads the object maps of snapshots, and the map of a snapshot that is being filled changes without a
+        trace in any header."""
         return (
             not self.handle.lifetime.is_over
             and (self.is_immutable or self.state.is_settled)
@@ -52,7 +54,7 @@ class Opened(NamedTuple):
         )
 
 
-class _Kept(NamedTuple):
+class _Cached(NamedTuple):
     until: float
     opened: Opened
 
@@ -68,30 +70,30 @@ class HandleCache:
         """`open_handle` blocks. Both raise RbdfsError."""
         self._ioctx_of = ioctx_of
         self._open_handle = open_handle
-        self._kept: dict[ImageRef, _Kept] = {}  # the first is the first to be closed
+        self._cached: dict[ImageRef, _Cached] = {}  # in the order in which they are closed
         self._is_waiting = False
         self.background = BackgroundTasks()
-        """What has to end before the connection does."""
+        """Opens and closes that must end before the connection does."""
 
     def take(self, image: ImageRef) -> Opened | None:
-        """What is kept of an image; the caller closes or releases it."""
-        kept = self._kept.pop(image, None)
-        if kept is None:
+        """Take an image out of the cache; the caller must close or release it."""
+        cached = self._cached.pop(image, None)
+        if cached is None:
             return None
-        if kept.opened.handle.lifetime.is_over:
-            self.background.start(partial(self._close, image, kept.opened.handle))
+        if cached.opened.handle.lifetime.is_over:
+            self.background.start(partial(self._close, image, cached.opened.handle))
             return None
-        return kept.opened
+        return cached.opened
 
-    async def open(self, image: ImageRef, state: ImageState, kept: Opened | None = None) -> Opened:
+    async def open(self, image: ImageRef, state: ImageState, cached: Opened | None = None) -> Opened:
         """Open an image; `state` is what its headers said just before. Raises RbdfsError.
 
-        What `take` gave is returned if librbd would open the same again, else it is closed.
+        `cached`, from `take`, is returned if librbd would open the same again, else it is closed.
         """
-        if kept is not None:
-            if kept.is_still(state):
-                return kept
-            await self.close(image, kept.handle)
+        if cached is not None:
+            if cached.is_still(state):
+                return cached
+            await self.close(image, cached.handle)
 
         async def current() -> librados.Ioctx:
             return self._ioctx_of(image.namespace)
@@ -122,20 +124,21 @@ class HandleCache:
             raise
 
     async def release(self, image: ImageRef, opened: Opened) -> None:
-        """Keep what `open` gave for the next `take`, if that can use it. No read may be in flight. Does not raise."""
-        if image in self._kept or not opened.is_still(opened.state):
+        """Cache an image for the next `take` if it can be used then, else close it. No read may be in flight. Does not
+        raise."""
+        if image in self._cached or not opened.is_still(opened.state):
             await self.close(image, opened.handle)
             return
-        self._kept[image] = _Kept(trio.current_time() + KEPT_SECONDS, opened)
+        self._cached[image] = _Cached(trio.current_time() + CACHED_SECONDS, opened)
         if not self._is_waiting:
             self._is_waiting = True
             trio.lowlevel.spawn_system_task(self._close_in_time)
-        if len(self._kept) > KEPT_AT_MOST:
-            first = next(iter(self._kept))
-            await self.close(first, self._kept.pop(first).opened.handle)
+        if len(self._cached) > CACHED_AT_MOST:
+            first = next(iter(self._cached))
+            await self.close(first, self._cached.pop(first).opened.handle)
 
     async def close(self, image: ImageRef, handle: LibrbdImage) -> None:
-        """Close what `open` gave, once nothing uses it. A cancel ends the waiting alone; does not raise."""
+        """Close an image once nothing uses it. A cancel ends only the waiting. Does not raise."""
         await self.background.run(partial(self._close, image, handle))
 
     async def _close(self, image: ImageRef, handle: LibrbdImage) -> None:
@@ -149,19 +152,19 @@ class HandleCache:
             handle.lifetime.release()
 
     async def aclose(self) -> None:
-        """Close all that is kept, and wait for what is being closed, or opened for somebody who has given up."""
-        await self._close_kept(math.inf)
+        """Close all cached images, and wait for opens and closes that are still running."""
+        await self._close_cached(math.inf)
         await self.background.wait()
 
     async def _close_in_time(self) -> None:
-        while self._kept:
-            await trio.sleep_until(next(iter(self._kept.values())).until)
-            await self._close_kept(trio.current_time())
+        while self._cached:
+            await trio.sleep_until(next(iter(self._cached.values())).until)
+            await self._close_cached(trio.current_time())
         self._is_waiting = False
 
-    async def _close_kept(self, now: float) -> None:
-        """Close what is due."""
-        for image, kept in list(self._kept.items()):
-            if kept.until <= now and self._kept.get(image) is kept:  # not opened again meanwhile
-                del self._kept[image]
-                await self.close(image, kept.opened.handle)
+    async def _close_cached(self, now: float) -> None:
+        """Close the images whose time is up."""
+        for image, cached in list(self._cached.items()):
+            if cached.until <= now and self._cached.get(image) is cached:  # it was not opened again
+                del self._cached[image]
+                await self.close(image, cached.opened.handle)

@@ -1,6 +1,6 @@
-"""A watch on an image's header: while there is one, `rbd rm` of the image is refused, as for any client that has it.
+"""A watch on an image's header: while there is one, `rbd rm` of the image is refused, as if it were open to write.
 
-What comes by it is acknowledged at once, and no more: who makes a snapshot or resizes waits for that, 30 s at most.
+Notifications are only acknowledged, and at once: a client that makes a snapshot or resizes waits for that, up to 30 s.
 """
 
 import errno
@@ -23,7 +23,7 @@ from rbdfs.spec import ImageSpec
 log = logging.getLogger(__name__)
 
 RENEW_SECONDS = 1.0
-"""How often a watch that was lost is asked for again."""
+"""How often to try to take a lost watch again."""
 
 
 class Watch(Protocol):
@@ -38,10 +38,10 @@ TakeWatch = Callable[[Callable[[], None]], Awaitable[Watch]]
 
 
 class HeaderWatch:
-    """Held from `begin` to `aclose`. A watch that is lost, as after 30 s without the cluster, renews itself."""
+    """Active from `begin` to `aclose`. A watch that is lost, as after 30 s without the cluster, renews itself."""
 
     def __init__(self, spec: ImageSpec, take: TakeWatch) -> None:
-        """`begin` does this, and takes the watch."""
+        """Use `begin`."""
         self._spec = spec
         self._take_watch = take
         self._watch: Watch | None = None
@@ -54,7 +54,7 @@ class HeaderWatch:
 
     @classmethod
     async def begin(cls, spec: ImageSpec, take: TakeWatch) -> "HeaderWatch":
-        """Watch an image's header object, if the key may; if not, says so in the log."""
+        """Watch an image's header object if the key may; if not, the log says so."""
         watch = cls(spec, take)
         if failure := await watch._take():
             log.info("%s: %s, so nothing holds off its removal", spec, failure)
@@ -72,7 +72,7 @@ class HeaderWatch:
             trio.lowlevel.spawn_system_task(self._renew, self._renewing)
 
     async def _renew(self, scope: trio.CancelScope) -> None:
-        """Take it again, at once and then every second, until it is held, refused or closed."""
+        """Take the watch again, at once and then every second, until it is active, refused or closed."""
         with scope:
             while self._is_allowed and not self.is_active:
                 try:
@@ -83,21 +83,21 @@ class HeaderWatch:
                         log.info("%s: the watch is back", self._spec)
                 except Exception:  # out of a system task it would end the mount for everyone
                     log.exception("%s: the watch could not be renewed", self._spec)
-                # Also where it is back: one that is lost again and again is not asked for without a pause.
+                # Also if it is back: a watch that is lost again and again must not be taken without a pause.
                 await trio.sleep(RENEW_SECONDS)
         self._renewing = None
 
     async def _take(self) -> str:
-        """Why it cannot be had, empty if it is."""
+        """Take the watch; returns why that failed, empty if it did not."""
         self._number += 1
         try:
             self._watch = await self._take_watch(partial(self._lose, self._number))
         except RbdfsError as error:
             if error.errno == errno.EPERM:
-                self._is_allowed = False  # and it is not asked for again
+                self._is_allowed = False  # so do not try again
                 return "the key may not watch the image"
             return str(error)
-        if self._is_closed:  # while it was taken, too late for a cancel
+        if self._is_closed:  # closed during the call, too late for a cancel
             self._let_go()
         return ""
 
@@ -108,14 +108,14 @@ class HeaderWatch:
             self._renew_soon()
 
     def take_again(self) -> None:
-        """The connection was replaced: hold the watch by the new one, if its key may."""
+        """Take the watch by a new connection if its key may: the old one was replaced."""
         if not self._is_closed:
             self._is_allowed = True
             self._let_go()
             self._renew_soon()
 
     def _let_go(self) -> None:
-        """Give it back, without waiting: by a connection that is of no use any more that takes until a timeout."""
+        """Give the watch back without waiting: by a connection that does not work that takes until a timeout."""
         watch, self._watch = self._watch, None
         if watch is not None:
             trio.lowlevel.spawn_system_task(self._give_back, watch)
@@ -127,7 +127,7 @@ class HeaderWatch:
             log.debug("%s: %s", self._spec, error)
 
     async def aclose(self) -> None:
-        """Give it back. Does not raise."""
+        """Give the watch back. Does not raise."""
         self._is_closed = True
         if self._renewing is not None:
             self._renewing.cancel()

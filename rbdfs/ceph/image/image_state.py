@@ -1,6 +1,6 @@
-"""What an open image, and all that is cached of it, was derived from: its header and the headers of its ancestors.
+"""The headers of an image and its ancestors: everything that an open image and its caches were derived from.
 
-librbd's read-only handle never refreshes (`OpenRequest` registers no watch): size, parent, overlap and flags stay what
+librbd's read-only handle never refreshes (`OpenRequest` registers no watch): size, parent, overlap and flags stay as
 they were when it was opened. So each open() and each revalidation asks the headers, and compares.
 """
 
@@ -24,11 +24,11 @@ from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
 
 FILLING_NS: Final = 3600 * NANOSECONDS
-"""A deep copy makes an image, at once all of its snapshots, and fills these afterwards (`DeepCopyRequest`). So nobody
-fills a snapshot that was made so much later than its image, whoever holds the lock now."""
+"""A deep copy creates an image with all of its snapshots, and fills them afterwards (`DeepCopyRequest`). So a snapshot
+that was made so much later than its image is not being filled, whichever client holds the lock now."""
 
 _UNSETTLED: Final = rbd.RBD_FEATURE_MIGRATING | rbd.RBD_FEATURE_NON_PRIMARY
-"""Features of an image that others fill, by rules of their own: one in migration, a secondary of rbd-mirror."""
+"""Features of an image that others fill by their own rules: in migration, or a secondary of rbd-mirror."""
 
 _MAP_INVALID: Final = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 
@@ -41,7 +41,7 @@ _GET_LOCK: Final = Call(
 
 
 class Locker(NamedTuple):
-    """Who holds the exclusive lock."""
+    """A holder of the exclusive lock."""
 
     client: int
     cookie: str
@@ -49,28 +49,28 @@ class Locker(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one header said: that of the image, or of an ancestor."""
+    """What one header said: that of the image or of an ancestor."""
 
     image: ImageRef
     header: Header
     version: int
-    """Of the header object, which moves with lock and unlock, resize, snapshots, features, flags, metadata, parent; not
-    with watches, nor with what is written under a lock that is held (tried with 16.2). 0 if it is not known."""
+    """The version of the header object. It changes with lock and unlock, resize, snapshots, features, flags, metadata
+    and parent; not with watches, nor with writes under a lock (tried with 16.2). 0 if it is not known."""
     lockers: frozenset[Locker]
     created_ns: int
-    """When the image was made, in nanoseconds since the epoch; 0 if that is not known. Asked of snapshots alone."""
+    """When the image was made, in nanoseconds since the epoch; 0 if that is not known. Only asked for a snapshot."""
 
     @property
     def has_fast_diff(self) -> bool:
-        """Whether it has a fast-diff map that can be believed."""
+        """Whether it has a valid fast-diff map."""
         return bool(self.header.features & rbd.RBD_FEATURE_FAST_DIFF) and not self.header.flags & _MAP_INVALID
 
     @property
     def is_settled(self) -> bool:
-        """Of a snapshot, whether nobody can still be filling it. Of HEAD, whether it follows the ordinary rules.
+        """For a snapshot, whether nobody can still be filling it. For HEAD, whether the ordinary rules hold for it.
 
-        It is not settled while it is migrated, mirrored to here, or perhaps the target of a deep copy: that holds the
-        lock. Of an image without locks this cannot tell.
+        An image is not settled during a migration, as a mirror's secondary, or if it may be the target of a deep copy,
+        which holds the lock. For an image without locks this cannot be known.
         """
         if self.header.features & _UNSETTLED:
             return False
@@ -78,7 +78,7 @@ class Layer:
         return self.image.snapshot_id is None or not self.lockers or bool(made_later)
 
     def opens_as(self, other: "Layer") -> bool:
-        """Whether librbd opened the same for both, but for the size."""
+        """Whether librbd opens the same for both, except for the size."""
         mine, theirs = self.header, other.header
         return (
             self.image == other.image
@@ -90,7 +90,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ImageState:
-    """An image or snapshot as its header and those of its ancestors have it."""
+    """An image or snapshot as described by its header and those of its ancestors."""
 
     layers: tuple[Layer, ...]
     """The image's own first, then its parent's, and so on."""
@@ -107,12 +107,12 @@ class ImageState:
 
     @property
     def ancestors(self) -> tuple[ImageRef, ...]:
-        """The snapshots that show through, the nearest first."""
+        """The snapshots that show through, nearest first."""
         return tuple(layer.image for layer in self.layers[1:])
 
     @property
     def is_migrating(self) -> bool:
-        """Whether it or an ancestor is in the middle of a migration: its source shows through, which no header says."""
+        """Whether it or an ancestor is being migrated: then the source shows through, which no header says."""
         return any(layer.header.features & rbd.RBD_FEATURE_MIGRATING for layer in self.layers)
 
     @property
@@ -122,38 +122,38 @@ class ImageState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether all layers are."""
+        """Whether all layers are settled."""
         return all(layer.is_settled for layer in self.layers)
 
     @property
     def has_fast_diff(self) -> bool:
-        """Whether all layers have a fast-diff map that can be believed."""
+        """Whether all layers have a valid fast-diff map."""
         return all(layer.has_fast_diff for layer in self.layers)
 
     def is_same_version(self, other: "ImageState") -> bool:
-        """Whether no header was written to in between."""
+        """Whether no header was written to between the two."""
         return [(layer.image, layer.version) for layer in self.layers] == [
             (layer.image, layer.version) for layer in other.layers
         ] and all(layer.version for layer in self.layers)
 
     def opens_as(self, other: "ImageState") -> bool:
-        """Whether librbd opened the same for both, but for the image's own size."""
+        """Whether librbd opens the same for both, except for the image's own size."""
         return len(self.layers) == len(other.layers) and all(map(Layer.opens_as, self.layers, other.layers))
 
 
 class HeaderClient:
-    """Asks headers."""
+    """Asks the headers of an image and its ancestors."""
 
     def __init__(
         self, operations: ReadOperations, ioctx_of: Callable[[Namespace], librados.Ioctx], client_ids: AbstractSet[int]
     ) -> None:
-        """`ioctx_of` raises RbdfsError for a pool that is not there; `client_ids` is whose watches are our own."""
+        """`ioctx_of` raises RbdfsError if there is no such pool; `client_ids` are our own clients."""
         self.client_ids = client_ids
         self.ioctx_of = ioctx_of
         self._operations = operations
 
     async def state(self, spec: ImageSpec, image: ImageRef, ancestors: Sequence[ImageRef] = ()) -> ImageState:
-        """One round trip if it still has the `ancestors` that it is said to have, else one more for each.
+        """Ask in one round trip if the image still has these `ancestors`, with one more for each that is new.
 
         Raises RbdfsError: ENOENT if the image is gone or in the trash, or if the snapshot is gone for its users.
         """
@@ -207,7 +207,7 @@ def _decode_lockers(info: bytes) -> frozenset[Locker]:
     lockers = []
     for _ in range(reader.u32()):
         _, locker = reader.structure(1)  # a locker_id_t
-        locker.u8()  # what kind of entity: a client
+        locker.u8()  # the kind of entity: a client
         lockers.append(Locker(locker.s64(), locker.string()))
         reader.structure(1)  # a locker_info_t
     return frozenset(lockers)
@@ -219,6 +219,6 @@ def _parent_error(spec: ImageSpec, parent: ImageRef, error: RbdfsError) -> Rbdfs
         hint = f"it is a clone: the key must be allowed to read its parent as well, {where}"
     else:
         hint = f"it is a clone: is its parent, {where}, still there?"
-    # Not ENOENT, which rsync and tar take for a file that was removed meanwhile.
+    # Not ENOENT, which rsync and tar take for a file that was just removed.
     number = errno.EIO if error.errno == errno.ENOENT else error.errno
     return RbdfsError(f"cannot ask for {spec}: {error}; {hint}", number)

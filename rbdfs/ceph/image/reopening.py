@@ -130,7 +130,7 @@ class ReopeningImage:
     async def ask_all(
         self, opened: Opened | None, *besides: Callable[[], Awaitable[None]]
     ) -> tuple[ImageState, frozenset[int] | None]:
-        """Ask the headers and, if the image is open, who watches it; run `besides` at the same time."""
+        """Ask the headers and, if the image is open, for its watchers; run `besides` at the same time."""
         ancestors = opened.state.ancestors if opened is not None else ()
         states: list[ImageState] = []
         watchers: list[frozenset[int]] = []

@@ -1,20 +1,21 @@
-"""What others do to an image while it is open here, and how to tell before a reader is given wrong bytes.
+"""Revalidate an open image: find out whether it was removed or shrunk, before a reader gets wrong bytes.
 
-librbd reads an object that is gone as zeros, or of a clone as what its parent holds, without an error: it cannot tell a
-hole from what was just removed. And some keys may not hold the watch that holds off a removal. So bytes that may be
-wrong are given only after a revalidation of the image that began when they had arrived. It relies on the order in which
-librbd does things (src/librbd; seen to happen so with 16.2):
+librbd reads an object that is gone as zeros, or in a clone as the parent's bytes, without an error: it cannot tell a
+hole from an object that was just removed. And some keys may not hold the watch that holds off a removal. So bytes that
+may be wrong are passed on only after a revalidation that began after they arrived. It relies on the order in which
+librbd does things (src/librbd; observed with 16.2):
 
 - `rbd rm` moves an image to the trash first, out of the pool's directory, and then removes its objects
   (`api/Image.cc`).
-- `rbd resize` removes what is beyond the new end *first*, and says so in the header last (`ResizeRequest`). But whoever
-  removes objects holds the exclusive lock or, of an image without that feature, has it open, and so watches it.
-- `rbd snap rm` puts the snapshot into its trash first, then removes its data (`SnapshotRemoveRequest`). Reads of a
-  snapshot that is gone find zeros, or what was written since.
-- `rbd flatten` copies all that the parent shows, and takes the parent from the header then; nobody can remove the
-  parent's snapshot before (`FlattenRequest`, `DetachParentRequest`).
+- `rbd resize` removes what is beyond the new end *first*, and updates the header last (`ResizeRequest`). But the
+  client that removes objects holds the exclusive lock or, without that feature, has the image open and so watches it.
+- `rbd snap rm` moves the snapshot to its trash first, then removes its data (`SnapshotRemoveRequest`). Reads of a
+  removed snapshot return zeros, or what was written since.
+- `rbd flatten` copies everything that the parent shows, and then removes the parent from the header; before that
+  nobody can remove the parent's snapshot (`FlattenRequest`, `DetachParentRequest`).
 
-Format 1 has no trash: of its removal only the remover's watch shows, and of a snapshot's nothing does until it is done.
+Format 1 has no trash: only the remover's watch shows that an image is being removed, and nothing shows that for a
+snapshot until it is gone.
 """
 
 import logging
@@ -36,27 +37,27 @@ CHECK_AGAIN_SECONDS = 0.1
 
 
 class Checked(NamedTuple):
-    """An image as one check found it."""
+    """What one check found."""
 
     size: int
     writers: frozenset[Hashable] = frozenset()
-    """Who may write to it, or shrink it."""
+    """The clients that may write to the image, or shrink it."""
 
 
 Check = Callable[[], Awaitable[Checked]]
 """Asks the cluster. Raises StaleError if the image is gone, RbdfsError if that cannot be known."""
 
 OnRevalidated = Callable[[int | RbdfsError], None]
-"""Takes the size in bytes, or why it is not known. Must not raise."""
+"""Takes the size in bytes, or the error. Must not raise."""
 
 
 class Revalidator:
-    """Revalidates an image, once at a time: all who ask while a revalidation is under way share the next."""
+    """Revalidates an image, one revalidation at a time: all callers that ask during one share the next."""
 
     def __init__(self, check: Check, known_writers: frozenset[Hashable], on_stale: Callable[[], None]) -> None:
-        """`known_writers` had it open before us; `on_stale` is called once the image is known to be gone."""
+        """`known_writers` had the image open before us; `on_stale` is called once the image is known to be gone."""
         self.stale: StaleError | None = None
-        """That the image is gone. It does not come back."""
+        """Set once the image is gone. It does not come back."""
         self._check = check
         self._on_stale = on_stale
         self._known = known_writers
@@ -65,19 +66,19 @@ class Revalidator:
         self._is_running = False
 
     def mark_stale(self, error: StaleError) -> None:
-        """The image was found to be gone."""
+        """Record that the image is gone."""
         self.stale = error
         self._on_stale()
 
     def ask(self, callback: OnRevalidated) -> None:
-        """Revalidate, and call `callback` later, in the trio thread."""
+        """Start a revalidation, and call `callback` later in the trio thread."""
         self._waiting.append(callback)
         if not self._is_running:
             self._is_running = True
             trio.lowlevel.spawn_system_task(self._run)
 
     async def stable_size(self) -> int:
-        """As `ask`, for a task that waits."""
+        """Revalidate, and return the size in bytes. Raises RbdfsError, StaleError if the image is gone."""
         answer: Future[int | RbdfsError] = Future()
         self.ask(answer.set)
         result = await answer.get()
@@ -102,16 +103,16 @@ class Revalidator:
                 try:
                     callback(result)
                 except Exception:  # out of a system task it would end the mount for everyone
-                    log.exception("a revalidation could not be delivered")
+                    log.exception("the callback of a revalidation failed")
         self._is_running = False
 
     async def _stable_size(self) -> int:
-        """The size, once nobody who began to write after our open can be about to change it."""
+        """The size, once no client that began to write after our open can be shrinking the image."""
         size = None
         while True:
             began = trio.current_time()
             checked = await self._check()
-            self._known &= checked.writers  # who comes back is new
+            self._known &= checked.writers  # a client that comes back is new
             new = checked.writers - self._known
             if not new or (size is not None and checked.size < size):
                 return checked.size

@@ -1,7 +1,7 @@
-"""What is known of an image, each fact as a text of its own, in the words of the `rbd` command.
+"""The attributes of images, each as a text in the words of the `rbd` command.
 
-Nearly all of it is asked for without opening the image, in one question a fact. Who uses an image only librbd can
-tell, and what one of format 1 has to say: for these it is opened, read-only and so without a watch, and closed again.
+Nearly all are asked without opening the image, with one question each. Only librbd knows the clients that use an image,
+and most attributes of format 1: for these the image is opened read-only, and so without a watch, and closed again.
 """
 
 import errno
@@ -24,13 +24,13 @@ from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
 
 META: Final = "meta."
-"""Before the keys of an image's own metadata (`rbd image-meta`)."""
+"""The prefix for keys of an image's own metadata (`rbd image-meta`)."""
 
 _TRASH: Final = "rbd_trash"
-_TRASH_VERSION: Final = 2  # of a `cls::rbd::TrashImageSpec`: the newest that we know
+_TRASH_VERSION: Final = 2  # the newest that we know of a `cls::rbd::TrashImageSpec`
 _KEYS_A_PAGE: Final = 64
 _PROTECTED: Final = 2  # RBD_PROTECTION_STATUS_PROTECTED
-_FOR_READING: Final = b"\1"  # which features matter to one who does not write
+_FOR_READING: Final = b"\1"  # asks which features matter to a client that does not write
 
 _FEATURES: Final = (
     *("layering", "striping", "exclusive-lock", "object-map", "fast-diff", "deep-flatten", "journaling", "data-pool"),
@@ -38,15 +38,15 @@ _FEATURES: Final = (
 )
 _FLAGS: Final = ("object map invalid", "fast diff invalid")
 
-Fact = Callable[[ImageRef], Awaitable[str]]
-"""Asks for one fact. Raises RbdfsError."""
+Attribute = Callable[[ImageRef], Awaitable[str]]
+"""Asks for one attribute. Raises RbdfsError."""
 
 AskLibrbd = Callable[[ImageRef, Callable[[rbd.Image], str]], Awaitable[str]]
-"""Opens an image read-only in librbd, and calls what takes it, in a thread. Raises RbdfsError."""
+"""Opens an image read-only in librbd, and calls the function with it, in a thread. Raises RbdfsError."""
 
 
 class AttributeReader:
-    """Asks for the facts of images, one by one. What an image has none of (a parent, a lock) is empty."""
+    """Asks for the attributes of images, one by one. One that an image does not have, such as a parent, is empty."""
 
     def __init__(
         self,
@@ -59,12 +59,12 @@ class AttributeReader:
         self._ioctx_of = ioctx_of
         self._pool_name = pool_name
         self._ask_librbd = ask_librbd
-        self._known: dict[str, Fact] = {
+        self._known: dict[str, Attribute] = {
             "id": _known(lambda image: image.id),
             "pool": _known(lambda image: image.namespace.pool.name),
             "namespace": _known(lambda image: image.namespace.name),
         }
-        self._facts: dict[str, Fact] = {
+        self._attributes: dict[str, Attribute] = {
             **self._known,
             "features": self._answer(b"get_features", _features, as_of_snapshot=True, argument=_FOR_READING),
             "flags": self._answer(b"get_flags", _flags, as_of_snapshot=True),
@@ -82,16 +82,16 @@ class AttributeReader:
             "access_timestamp": self._answer(b"get_access_timestamp", _local_time),
             "modify_timestamp": self._answer(b"get_modify_timestamp", _local_time),
         }
-        self._facts_of_snapshots: dict[str, Fact] = {
+        self._for_snapshots: dict[str, Attribute] = {
             "snapshot": self._snapshot,
             "snapshot_id": _known(lambda image: str(image.snapshot_id)),
             "protected": self._answer(b"get_protection_status", _protected, as_of_snapshot=True),
         }
         nothing = _known(lambda _: "")
         object_size = self._opened(lambda image: str(image.stat()["obj_size"]))
-        self._facts_of_format_1: dict[str, Fact] = {
-            **dict.fromkeys(self._facts, nothing),
-            **{name: self._facts[name] for name in ("pool", "namespace", "snapshots", "watchers", "lock_owner")},
+        self._for_format_1: dict[str, Attribute] = {
+            **dict.fromkeys(self._attributes, nothing),
+            **{name: self._attributes[name] for name in ("pool", "namespace", "snapshots", "watchers", "lock_owner")},
             "object_size": object_size,
             "stripe_unit": object_size,
             "stripe_count": _known(lambda _: "1"),
@@ -99,48 +99,46 @@ class AttributeReader:
         }
 
     async def names(self, image: ImageRef) -> list[str]:
-        """See `Catalog.attribute_names`."""
         try:
             keys = [] if image.format == 1 else await self._metadata_keys(image)
         except RbdfsError as error:
             if error.errno != errno.ENOENT:
                 raise
-            # There is no header. Not an error: the newest ls asks each file for the names of its attributes.
+            # There is no header. That is no error here: recent ls asks each file for the names of its attributes.
             return list(self._known)
-        return [*self._facts_of(image), *(META + key for key in keys)]
+        return [*self._attributes_of(image), *(META + key for key in keys)]
 
     async def value(self, image: ImageRef, name: str) -> str:
-        """See `Catalog.attribute`."""
-        fact = self._facts_of(image).get(name)
+        attribute = self._attributes_of(image).get(name)
         with understood(f"the {name} of image {image.id} of {image.namespace}"):
-            if fact is not None:
-                return await fact(image)
+            if attribute is not None:
+                return await attribute(image)
             if name.startswith(META) and image.format != 1:
                 return await self._metadata(image, name.removeprefix(META))
-        raise RbdfsError(f"there is no fact {name} of image {image.id} of {image.namespace}", errno.ENODATA)
+        raise RbdfsError(f"there is no attribute {name} of image {image.id} of {image.namespace}", errno.ENODATA)
 
-    def _facts_of(self, image: ImageRef) -> dict[str, Fact]:
-        facts = self._facts_of_format_1 if image.format == 1 else self._facts
+    def _attributes_of(self, image: ImageRef) -> dict[str, Attribute]:
+        attributes = self._for_format_1 if image.format == 1 else self._attributes
         if image.snapshot_id is None:
-            return facts
+            return attributes
         protected = {"protected": _known(lambda _: str(False))} if image.format == 1 else {}
-        return facts | self._facts_of_snapshots | protected
+        return attributes | self._for_snapshots | protected
 
-    # ---- kinds of facts
+    # ---- kinds of attributes
 
     def _answer(
         self, method: bytes, decode: Callable[[Reader], str], *, as_of_snapshot: bool = False, argument: bytes = b""
-    ) -> Fact:
-        """What a method of the object class `rbd` answers, as a text."""
+    ) -> Attribute:
+        """The answer of a method of the object class `rbd`, as a text."""
 
-        async def fact(image: ImageRef) -> str:
+        async def attribute(image: ImageRef) -> str:
             which = _snapshot_argument(image) if as_of_snapshot else b""
             return decode(await self._read(image, method, which + argument))
 
-        return fact
+        return attribute
 
-    def _opened(self, ask: Callable[[rbd.Image], str]) -> Fact:
-        """What librbd tells of the open image."""
+    def _opened(self, ask: Callable[[rbd.Image], str]) -> Attribute:
+        """An answer of librbd about the open image."""
 
         return lambda image: self._ask_librbd(image, ask)
 
@@ -152,7 +150,7 @@ class AttributeReader:
     async def _read(self, image: ImageRef, method: bytes, argument: bytes = b"") -> Reader:
         return Reader(await self._call(image, method, argument))
 
-    # ---- facts
+    # ---- attributes
 
     async def _object_size(self, image: ImageRef) -> str:
         return str(1 << (await self._read(image, b"get_size", _snapshot_argument(image))).u8())
@@ -214,7 +212,7 @@ class AttributeReader:
         return f"{ImageSpec(pool, name, namespace.name, snapshot)}{trash}"
 
     async def _name(self, image: ImageRef) -> tuple[str, str]:
-        """The name of an image, and what `rbd info` adds where the image is in the trash."""
+        """The name of an image, and what `rbd info` adds if the image is in the trash."""
         ioctx, image_id = self._ioctx_of(image.namespace), encode_string(image.id)
         what = f"find the name of image {image.id} of pool {image.namespace}"
         reply = await self._operations.ask(Request(ioctx, DIRECTORY, [Call(b"dir_get_name", image_id)]))
@@ -225,7 +223,7 @@ class AttributeReader:
                 raise
         reply = await self._operations.ask(Request(ioctx, _TRASH, [Call(b"trash_get", image_id)]))
         _, reader = Reader(reply.answer(0, what)).structure(_TRASH_VERSION)
-        reader.u8()  # who moved it there
+        reader.u8()  # which program moved it there
         return reader.string(), f" (trash {image.id})"
 
     # ---- metadata
@@ -249,13 +247,13 @@ def _snapshot_argument(image: ImageRef) -> bytes:
     return struct.pack("<Q", header.snapshot_id_of(image))
 
 
-def _known(tell: Callable[[ImageRef], str]) -> Fact:
-    """What nobody needs to be asked for."""
+def _known(tell: Callable[[ImageRef], str]) -> Attribute:
+    """An attribute that is known without a question."""
 
-    async def fact(image: ImageRef) -> str:
+    async def attribute(image: ImageRef) -> str:
         return tell(image)
 
-    return fact
+    return attribute
 
 
 def _features(reader: Reader) -> str:
@@ -267,7 +265,7 @@ def _flags(reader: Reader) -> str:
 
 
 def _bits(value: int, names: tuple[str, ...]) -> str:
-    """As `rbd info` lists features and flags; one that has no name here by its number."""
+    """Features or flags as `rbd info` lists them; one without a name here by its number."""
     known = dict(enumerate(names))
     return ", ".join(known.get(bit, f"bit {bit}") for bit in range(value.bit_length()) if value >> bit & 1)
 
@@ -277,16 +275,16 @@ def _protected(reader: Reader) -> str:
 
 
 def _local_time(reader: Reader) -> str:
-    """Empty for what was made before Ceph kept it (Mimic)."""
+    """Empty if it was made before Ceph stored this (Mimic)."""
     seconds = reader.time_ns() // NANOSECONDS
     return time.ctime(seconds) if seconds else ""
 
 
 def _watchers(image: rbd.Image) -> str:
-    """As `rbd status` has them, a line each."""
+    """As `rbd status` shows them, one a line."""
     return "\n".join(f"{each['addr']} client.{each['id']} cookie={each['cookie']}" for each in image.watchers_list())
 
 
 def _lockers(image: rbd.Image) -> str:
-    """As `rbd lock ls` has them, a line each."""
+    """As `rbd lock ls` shows them, one a line."""
     return "\n".join(" ".join(locker) for locker in dict(image.list_lockers()).get("lockers", ()))

@@ -1,9 +1,9 @@
-"""What an image's header object holds, asked for without opening the image: all of it in one round trip.
+"""The header of an image, read without opening the image, in one round trip.
 
-Of HEAD the header's values are read as they are stored (src/cls/rbd/cls_rbd.h): one lookup for the OSD, where librbd
+For HEAD the header's values are read as they are stored (src/cls/rbd/cls_rbd.h): one lookup for the OSD, where librbd
 makes six calls of the object class `rbd`. For 2,000 images that saved a quarter of the CPU time here and half of the
-OSD's. A snapshot is asked for by those calls; cls_rbd_client.cc encodes them so. An image of format 1 has its header in
-the object's data (`rbd_obj_header_ondisk` in src/include/rbd_types.h), and fewer facts.
+OSD's. Snapshots are read by those calls, encoded as in cls_rbd_client.cc. An image of format 1 has a smaller header, in
+the object's data (`rbd_obj_header_ondisk` in src/include/rbd_types.h).
 """
 
 import errno
@@ -21,16 +21,16 @@ from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
 
 HEAD: Final = 2**64 - 2
-"""The snapshot id of what is no snapshot (CEPH_NOSNAP)."""
+"""The snapshot id of HEAD (CEPH_NOSNAP)."""
 
 GET_FEATURES: Final = Call(b"get_features", struct.pack("<QB", HEAD, 1))
-"""The features of an image, asked by one who only reads."""
+"""Asks for the features of an image that matter to a client that only reads."""
 
 USER_SNAPSHOT: Final = 0
 """The namespace of a snapshot that a user made (`SNAPSHOT_NAMESPACE_TYPE_USER`)."""
 
 FORMAT_1_TEXT: Final = b"<<< Rados Block Device Image >>>\n"
-"""What a header of format 1 begins with."""
+"""The first bytes of a header of format 1."""
 
 _PARENT: Final = b"parent"
 _KEYS: Final = (b"order", b"size", b"features", b"flags", b"modify_timestamp", _PARENT)
@@ -43,13 +43,13 @@ _FORMAT_1_TEXT_BYTES: Final = 40
 _FORMAT_1_NAME_BYTES: Final = 24
 
 _PARENT_VERSION: Final = 2
-"""Of a `cls_rbd_parent`: the newest that we know. Of all other structures of a header we know the first alone."""
+"""The newest version of a `cls_rbd_parent` that we know. Of all other structures in a header we know only the first."""
 _SNAPSHOTS_A_REQUEST: Final = 64
 
 _SMALLEST_OBJECT: Final = 1 << 9
 _LARGEST_OBJECT: Final = 1 << 31
-"""Bytes; the kernel's rbd driver takes no others. librbd makes objects of 4 KiB to 32 MiB, and divides by 0 if a header
-says 4 GiB."""
+"""Bytes. The kernel's rbd driver accepts no others. librbd makes objects of 4 KiB to 32 MiB, and divides by 0 if a
+header says 4 GiB."""
 _LARGEST_FILE: Final = 2**63 - 1
 
 
@@ -64,13 +64,13 @@ def object_of(image: ImageRef) -> str:
 
 
 def snapshot_id_of(image: ImageRef) -> int:
-    """As Ceph has it, also of HEAD."""
+    """The id that Ceph uses, also for HEAD."""
     return HEAD if image.snapshot_id is None else image.snapshot_id
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """The snapshot that a clone was made of; the first `overlap` bytes of it show through."""
+    """The snapshot that a clone was made from; its first `overlap` bytes show through."""
 
     image: ImageRef
     overlap: int
@@ -78,21 +78,21 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Of an image, or of a snapshot of it. Sizes in bytes, times in nanoseconds since the epoch, 0 if there is none."""
+    """Of an image or a snapshot. Sizes in bytes; times in nanoseconds since the epoch, 0 if there is none."""
 
     size: int
     object_size: int
     modified_ns: int
-    """Of a snapshot, when it was made. Of an image of format 1, when its header last changed."""
+    """For a snapshot, when it was made. For an image of format 1, when its header last changed."""
     parent: Parent | None = None
-    """None also if an OSD from before Nautilus cannot tell that of a snapshot; `features` are 0 then."""
+    """Also None for a snapshot if the OSD is from before Nautilus and cannot tell; then `features` are 0."""
     features: int = 0
     """`rbd.RBD_FEATURE_*`; 0 for format 1."""
     flags: int = 0
     """`rbd.RBD_FLAG_*`; 0 for format 1."""
     object_prefix: str | None = None
-    """What the names of an image's objects begin with. An image of format 1 that was removed and made again has another
-    one. None for format 2, whose header object is another one then."""
+    """The prefix of the names of an image's objects: it changes if an image of format 1 is removed and created again.
+    None for format 2, where the header object changes."""
 
     def __post_init__(self) -> None:
         """Raises MalformedError for sizes that no image has."""
@@ -101,9 +101,9 @@ class Header:
 
     @property
     def map_is_valid(self) -> bool:
-        """There is an object map, and it can be believed if it was loaded before this was asked.
+        """Whether there is a valid object map, if it was loaded before this header was read.
 
-        Of an image that is being migrated, the source shows through, which no map says.
+        While an image is migrated, the source shows through, which no map says.
         """
         return bool(
             self.features & rbd.RBD_FEATURE_OBJECT_MAP
@@ -113,24 +113,24 @@ class Header:
 
     @property
     def is_striped(self) -> bool:
-        """Whether bytes that follow each other lie in several objects; not known of an image of format 1."""
+        """Whether consecutive bytes lie in several objects. Not known for an image of format 1."""
         return bool(self.features & rbd.RBD_FEATURE_STRIPINGV2)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A snapshot, as the header has it."""
+    """A snapshot as the header describes it."""
 
     id: int
     name: str
     is_users: bool
-    """Made by a user: not by a group, for mirroring, or one that is kept in the trash for its clones."""
+    """Whether a user made it: not a group, nor mirroring; and it is not in the trash for its clones."""
     created_ns: int
-    """Nanoseconds since the epoch; 0 for one that was made before Ceph kept them (Mimic)."""
+    """Nanoseconds since the epoch; 0 if it was made before Ceph stored this (Mimic)."""
 
 
 def request(ioctx: librados.Ioctx, image: ImageRef) -> Request:
-    """What `decode` takes the reply to."""
+    """The request whose reply `decode` takes."""
     if image.format == 1:
         calls = [Call(b"snap_list")] if image.snapshot_id is not None else []
         return Request(ioctx, object_of(image), calls, stat=True, read_bytes=_FORMAT_1_BYTES)
@@ -152,10 +152,10 @@ def request(ioctx: librados.Ioctx, image: ImageRef) -> Request:
 
 
 async def ask(operations: ReadOperations, requests: Sequence[Request]) -> Sequence[Reply]:
-    """The replies to requests of `request`, to which calls and keys may have been added at the end. Never raises.
+    """Send requests of `request`, to which calls and keys may have been added at the end. Never raises.
 
-    Where a snapshot's parent is, the image's own has been since Nautilus. Only where it is not, `parent_get` is asked
-    for it: of an image that is no clone that would walk through all snapshots each time (2.3 ms if these are 2,000).
+    Since Nautilus a snapshot's parent is stored in the same place as the image's own. `parent_get` is only called if it
+    is not there: for an image that is no clone, that call walks through all snapshots (2.3 ms for 2,000).
     """
     replies = list(await operations.operate(requests))
     hidden = [number for number, request in enumerate(requests) if _hides_parent(request, replies[number])]
@@ -170,7 +170,7 @@ async def ask(operations: ReadOperations, requests: Sequence[Request]) -> Sequen
 
 
 def _hides_parent(request: Request, reply: Reply) -> bool:
-    """Whether a snapshot shows a parent that is not where it has been since Nautilus."""
+    """Whether a snapshot has a parent that is not stored where Nautilus stores it."""
     if reply.result < 0 or _PARENT in reply.values:
         return False
     answers = (
@@ -180,7 +180,7 @@ def _hides_parent(request: Request, reply: Reply) -> bool:
 
 
 def decode(image: ImageRef, reply: Reply) -> Header:
-    """Raises RbdfsError: ENOENT where the image or the snapshot is gone, EIO for what cannot be understood."""
+    """Raises RbdfsError: ENOENT if the image or the snapshot is gone, EIO if the header cannot be understood."""
     decoder = (
         _decode_format_1 if image.format == 1 else _decode_head if image.snapshot_id is None else _decode_snapshot_of
     )
@@ -189,7 +189,7 @@ def decode(image: ImageRef, reply: Reply) -> Header:
 
 
 def is_users_snapshot(image: ImageRef, reply: Reply) -> bool:
-    """Whether the reply is to a snapshot that its users still have, not to one in the trash. True if there is none."""
+    """Whether the snapshot is still its users', not in the trash. True if there is no snapshot in the reply."""
     if image.format == 1 or reply.result < 0:
         return True
     result, answer = reply.calls[1]
@@ -215,13 +215,13 @@ def _decode_head(image: ImageRef, reply: Reply) -> Header:
 def _decode_stored_parent(value: bytes) -> Parent | None:
     """A `cls_rbd_parent`, as clones store it; version 1 is from before Nautilus."""
     image, reader, version = _stored_parent(value)
-    # HEAD has none where it was flattened and only its snapshots still are clones.
+    # HEAD has none if it was flattened and only its snapshots are still clones.
     overlap = reader.u64() if version == 1 or reader.u8() else 0
     return Parent(image, overlap) if image is not None and overlap else None
 
 
 def _stored_parent(value: bytes) -> tuple[ImageRef | None, Reader, int]:
-    """What a `cls_rbd_parent` begins with; the rest of it, and its version."""
+    """The beginning of a `cls_rbd_parent`, a reader for the rest of it, and its version."""
     version, reader = Reader(value).structure(_PARENT_VERSION)
     pool_id = reader.s64()
     namespace = reader.string() if version > 1 else ""
@@ -247,7 +247,7 @@ def _decode_snapshot_of(image: ImageRef, reply: Reply) -> Header:
 
 
 def _decode_parent(reply: Reply, overlap: Reader) -> Parent | None:
-    """Of a snapshot. `overlap` is an optional one, which only a clone has."""
+    """The parent of a snapshot. `overlap` is an optional value, which only a clone has."""
     if not overlap.u8():
         return None
     if _PARENT in reply.values:
@@ -256,7 +256,7 @@ def _decode_parent(reply: Reply, overlap: Reader) -> Parent | None:
         _, reader = Reader(reply.values[_GET_PARENT]).structure(1)
         image = _parent_image(reader.s64(), reader.string(), reader)
     else:
-        raise MalformedError("it shows a parent, and does not say which")
+        raise MalformedError("it has a parent, and does not say which")
     return None if image is None else Parent(image, overlap.u64())
 
 
@@ -265,11 +265,11 @@ def _decode_format_1(image: ImageRef, reply: Reply) -> Header:
     reply.check(what)
     ondisk = Reader(reply.data)
     if not ondisk.raw(_FORMAT_1_TEXT_BYTES).startswith(FORMAT_1_TEXT):
-        raise RbdfsError(f"cannot {what}: it is none", errno.EIO)
+        raise RbdfsError(f"cannot {what}: it is not one", errno.EIO)
     prefix = ondisk.raw(_FORMAT_1_NAME_BYTES).partition(b"\0")[0].decode(errors="surrogateescape")
     ondisk.raw(12)  # signature and version
     object_size = 1 << ondisk.u8()
-    ondisk.raw(3)  # how it is encrypted and compressed, which never came to be
+    ondisk.raw(3)  # encryption and compression, which were never implemented
     size = ondisk.u64()
     if image.snapshot_id is None:
         return Header(size, object_size, reply.modified_ns, object_prefix=prefix)
@@ -280,7 +280,7 @@ def _decode_format_1(image: ImageRef, reply: Reply) -> Header:
 
 
 async def snapshots(operations: ReadOperations, ioctx: librados.Ioctx, image: ImageRef) -> tuple[int, list[Snapshot]]:
-    """The header's version, and all snapshots, the oldest first. Raises RbdfsError: ENOENT where the image is gone."""
+    """The header's version, and all snapshots, the oldest first. Raises RbdfsError: ENOENT if the image is gone."""
     what = f"list the snapshots of {object_of(image)}"
     method = b"snap_list" if image.format == 1 else b"get_snapcontext"
     reply = await operations.ask(Request(ioctx, object_of(image), [Call(method)]))
@@ -289,7 +289,7 @@ async def snapshots(operations: ReadOperations, ioctx: librados.Ioctx, image: Im
         if image.format == 1:
             return reply.version, [snapshot for snapshot, _ in reversed(_decode_snapshots_of_format_1(answer))]
         reader = Reader(answer)
-        reader.u64()  # the highest id that was ever given out
+        reader.u64()  # the highest id that was ever used
         calls = [Call(b"snapshot_get", struct.pack("<Q", reader.u64())) for _ in range(reader.u32())]
     calls.reverse()
     starts = range(0, len(calls), _SNAPSHOTS_A_REQUEST)
@@ -304,7 +304,7 @@ def _decode_snapshots(replies: Iterable[Reply], what: str) -> Iterable[Snapshot]
     for reply in replies:
         reply.check(what)
         for number, (result, answer) in enumerate(reply.calls):
-            if result != -errno.ENOENT:  # removed meanwhile
+            if result != -errno.ENOENT:  # removed since the list was read
                 yield decode_snapshot(answer if result >= 0 else reply.answer(number, what))
 
 
@@ -320,9 +320,9 @@ def decode_snapshot(answer: bytes) -> Snapshot:
 
 
 def _decode_snapshots_of_format_1(answer: bytes) -> list[tuple[Snapshot, int]]:
-    """Each with its size, the newest first."""
+    """Each snapshot with its size, the newest first."""
     reader = Reader(answer)
-    reader.u64()  # the highest id that was ever given out
+    reader.u64()  # the highest id that was ever used
     found = []
     for _ in range(reader.u32()):
         snapshot_id, size = reader.u64(), reader.u64()

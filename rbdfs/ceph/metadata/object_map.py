@@ -1,6 +1,6 @@
-"""What an image holds, by its object map: two bits for each object, in one object of its own.
+"""The object map of an image: which objects hold data, in two bits for each, stored in one object.
 
-A map is believed only where the image's flags do not call it invalid.
+A map is used only if the image's flags do not call it invalid.
 """
 
 import re
@@ -13,14 +13,14 @@ OBJECTS_A_BYTE = 4
 
 _ALL_HELD = 0b01010101
 _ALIKE_OR_MIXED = re.compile(rb"\x55+|[^\0\x55]", re.DOTALL)
-"""Bytes of objects that all hold data, as many as follow each other, or one of which some do; none of holes alone."""
+"""A run of bytes whose objects all hold data, or one byte of which some do; never a byte of holes only."""
 
 _HEADER_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectSet:
-    """Objects that hold data: two bits for each, of which the lower one counts, from the high end of `slots` pairs.
+    """The objects that hold data: the lower bit of each pair, the first object at the high end of `slots` pairs.
 
     There is a slot for each object of the image.
     """
@@ -34,7 +34,7 @@ class ObjectSet:
         return self.bits.bit_count()
 
     def runs(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Of the objects [first, last) those that hold data, as ranges [start, end) that do not touch."""
+        """The objects in [first, last) that hold data, as ranges [start, end) that do not touch."""
         last = min(last, self.slots)
         count = last - first
         if count <= 0:
@@ -65,17 +65,17 @@ class ObjectSet:
         return ObjectSet(self.bits << 2 * (slots - self.slots) | other.bits << 2 * (slots - other.slots), slots)
 
     def over(self, parent: "ObjectSet", objects: int) -> "ObjectSet":
-        """This set, with the first `objects` of a parent's showing through; this set has a slot for each of them."""
+        """This set with the first `objects` of a parent showing through. This set has a slot for each of them."""
         shown = parent.bits >> 2 * max(0, parent.slots - objects)
         return ObjectSet(self.bits | shown << 2 * (self.slots - min(parent.slots, objects)), self.slots)
 
 
 def decode(encoded: bytes) -> ObjectSet:
-    """An encoded object map (`ceph::BitVector<2>`): all objects that it does not call nonexistent (0).
+    """Decode an object map (`ceph::BitVector<2>`): all objects count that it does not call nonexistent (0).
 
-    That is the length of a header (32 bits), the header, and two bits for each object from the high end of each byte;
-    a checksum may follow. The header (`BitVector::decode_header`) is a versioned structure with the count of objects
-    (64 bits). Raises MalformedError.
+    The encoding is the length of a header (32 bits), the header, and two bits for each object from the high end of each
+    byte; a checksum may follow. The header (`BitVector::decode_header`) is a versioned structure with the count of
+    objects (64 bits). Raises MalformedError.
     """
     reader = Reader(encoded)
     _, header = Reader(reader.bytes()).structure(_HEADER_VERSION)

@@ -1,4 +1,4 @@
-"""What an object class lists page by page: names, each with a value."""
+"""Lists of names with values that an object class returns page by page."""
 
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -14,9 +14,9 @@ NO_PAGE: Final = bytes(4)
 async def listed(
     ask: Callable[[str, bytes], Awaitable[bytes]], names_a_page: int, value: Callable[[Reader], T]
 ) -> dict[str, T]:
-    """All names, with what `value` takes of the answer after each. Raises MalformedError, and what `ask` raises.
+    """All names, each with the value that `value` reads after it. Raises MalformedError, and what `ask` raises.
 
-    `ask` asks for one page: after which name, and that with `names_a_page` as the argument of a method.
+    `ask` gets one page: it takes the last name so far, and the argument for the method.
     """
     found: dict[str, T] = {}
     last, page = "", names_a_page
@@ -27,6 +27,6 @@ async def listed(
         for _ in range(page):
             last = reader.string()
             found[last] = value(reader)
-        if page and len(found) == known:  # it would go on for ever
+        if page and len(found) == known:  # or it would never end
             raise MalformedError(f"after {known} names, the same again")
     return found

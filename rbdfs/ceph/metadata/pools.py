@@ -1,4 +1,4 @@
-"""The pools of a cluster, and which of them may be read."""
+"""The pools of a cluster, and whether the key may read them."""
 
 import errno
 from collections.abc import Set as AbstractSet
@@ -17,9 +17,9 @@ RBD_APPLICATION = "rbd"
 
 
 def rbd_pools(client: rados.Rados, only: AbstractSet[str]) -> list[Pool]:
-    """Those with the application rbd, whether or not the key may read them; of `only`, unless that is empty.
+    """The pools with the application rbd, even if the key may not read them; only those in `only`, unless it is empty.
 
-    Blocks, for `rados_mon_op_timeout` at most. `mon 'profile rbd'` may ask for it. Raises RbdfsError.
+    Blocks, for `rados_mon_op_timeout` at most. `mon 'profile rbd'` may ask this. Raises RbdfsError.
     """
     # Not wait_for_latest_osdmap and then list_pools: if no monitor answers, that waits for ever.
     pools = ask_monitors(client, "list the pools", "osd pool ls", detail="detail")
@@ -31,12 +31,12 @@ def rbd_pools(client: rados.Rados, only: AbstractSet[str]) -> list[Pool]:
 
 
 def look_at(ioctx: Ioctx) -> Request:
-    """The question whether the key may read a pool."""
+    """The request that tells whether the key may read a pool."""
     return Request(ioctx, DIRECTORY, stat=True)
 
 
 def may_read(pool: Pool, reply: Reply) -> bool:
-    """What the reply to `look_at` means. Raises RbdfsError."""
+    """Whether the key may read a pool, by the reply to `look_at`. Raises RbdfsError."""
     if reply.result in (0, -errno.ENOENT):
         return True
     if reply.result in (-errno.EPERM, -errno.EACCES):

@@ -1,6 +1,6 @@
-"""What a pool says of its images by name: the objects that RBD keeps as directories, read without Ceph's `rbd` binding.
+"""The images and namespaces of a pool, by name: the objects that RBD uses as directories.
 
-That one cannot decode a name that is not UTF-8. The methods are those of Ceph's object class `rbd`
+Ceph's `rbd` binding cannot decode a name that is not UTF-8, so this calls the methods of the object class `rbd`
 (src/cls/rbd/cls_rbd.cc). Images of format 1 are in the data of the same object, as a `tmap`, and have no id.
 """
 
@@ -20,10 +20,10 @@ DIRECTORY = "rbd_directory"
 NAMESPACES = "rbd_namespace"
 
 NAMES_A_PAGE = 1024
-"""As librbd asks for them; the OSD has other work as well."""
+"""As in librbd: the OSD has other work as well."""
 
 _FORMAT_1_BYTES = 1 << 16
-"""What is read of the names of images of format 1 at first: a few thousand; of most pools there are none."""
+"""How much to read at first of the names of images of format 1: a few thousand names. Most pools have none."""
 
 
 async def image_names(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace) -> dict[str, ImageRef]:
@@ -33,7 +33,7 @@ async def image_names(operations: ReadOperations, ioctx: librados.Ioctx, namespa
     async def ask(last: str, argument: bytes) -> bytes:
         read_bytes = 0 if last else _FORMAT_1_BYTES
         reply = await operations.ask(Request(ioctx, DIRECTORY, [Call(b"dir_list", argument)], read_bytes=read_bytes))
-        if reply.result == -errno.ENOENT:  # nothing was ever made in it
+        if reply.result == -errno.ENOENT:  # no image was ever created in it
             return NO_PAGE
         if len(reply.data) == _FORMAT_1_BYTES:
             of_format_1.update(await _many_of_format_1(operations, ioctx, namespace))
@@ -68,7 +68,7 @@ async def image(operations: ReadOperations, ioctx: librados.Ioctx, namespace: Na
 async def still_named(
     operations: ReadOperations, ioctx: librados.Ioctx, namespace: Namespace, images: list[ImageRef]
 ) -> set[ImageRef]:
-    """Those of `images` that the pool has a name for. Raises RbdfsError."""
+    """Those of `images` that have a name in the pool. Raises RbdfsError."""
     names = None
     if any(each.format == 1 for each in images):
         names = set((await image_names(operations, ioctx, namespace)).values())
@@ -94,11 +94,11 @@ async def namespaces(operations: ReadOperations, ioctx: librados.Ioctx) -> list[
 
 
 async def changed_ns(operations: ReadOperations, ioctx: librados.Ioctx) -> int | None:
-    """When an image or a namespace was last made, renamed or removed; None if there never was any."""
+    """When an image or a namespace was last created, renamed or removed; None if there never was one."""
     replies = await operations.operate([Request(ioctx, name, stat=True) for name in (DIRECTORY, NAMESPACES)])
     for reply in replies:
         if reply.result != -errno.ENOENT:
-            reply.check("look at a pool's directory")
+            reply.check("stat a pool's directory")
     return max((reply.modified_ns for reply in replies if reply.result >= 0), default=None)
 
 
@@ -115,7 +115,7 @@ async def _many_of_format_1(
 
 
 def _of_format_1(tmap: bytes, namespace: Namespace) -> dict[str, ImageRef]:
-    """A `tmap`: a header, and a map of names to nothing."""
+    """Decode a `tmap`: a header, and a map of names to empty values."""
     reader = Reader(tmap)
     reader.bytes()
     found = {}

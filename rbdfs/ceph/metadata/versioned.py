@@ -1,5 +1,4 @@
-"""What objects held, kept for as long as their version says that they are the same: whoever asks again asks for that
-alone. Pure."""
+"""A cache of what was read from objects: an entry is valid as long as the object has the same version. Pure."""
 
 from collections.abc import Hashable
 from typing import Generic, NamedTuple, TypeVar
@@ -9,7 +8,7 @@ V = TypeVar("V")
 
 
 class Versioned(NamedTuple, Generic[V]):
-    """What an object held at a version."""
+    """What was read from an object, at a version of it."""
 
     version: int
     value: V
@@ -17,26 +16,26 @@ class Versioned(NamedTuple, Generic[V]):
 
 
 class VersionedCache(Generic[K, V]):
-    """The newest, up to a size that all have together, in whatever unit the caller counts."""
+    """Holds the newest entries, up to a total size in a unit of the caller's choice."""
 
     def __init__(self, at_most: int) -> None:
         self._at_most = at_most
         self._size = 0
-        self._known: dict[K, Versioned[V]] = {}
+        self._entries: dict[K, Versioned[V]] = {}
 
     def get(self, key: K) -> Versioned[V] | None:
-        """What is known, perhaps of an older version than there is now."""
-        return self._known.get(key)
+        """The entry, perhaps of an older version than the present one."""
+        return self._entries.get(key)
 
-    def keep(self, key: K, version: int, value: V, size: int) -> None:
-        """In place of what was known; what was kept first goes first."""
+    def put(self, key: K, version: int, value: V, size: int) -> None:
+        """Add or replace an entry; the oldest entries are dropped first."""
         self.drop(key)
-        self._known[key] = Versioned(version, value, size)
+        self._entries[key] = Versioned(version, value, size)
         self._size += size
         while self._size > self._at_most:
-            self.drop(next(iter(self._known)))
+            self.drop(next(iter(self._entries)))
 
     def drop(self, key: K) -> None:
-        """Nothing is known of it any more."""
-        if (known := self._known.pop(key, None)) is not None:
+        """Remove an entry if there is one."""
+        if (known := self._entries.pop(key, None)) is not None:
             self._size -= known.size
