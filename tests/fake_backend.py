@@ -86,16 +86,16 @@ class FakeBackend:
         if self.stale is not None:
             raise self.stale
 
-    async def bring_up_to_date(self) -> None:
-        """See `ImageBackend.bring_up_to_date`."""
-        await self.refresh()
+    async def revalidate(self) -> None:
+        """See `ImageBackend.revalidate`."""
+        await self.refresh_size()
 
     async def verify(self) -> None:
         """See `ImageBackend.verify`."""
         self.revalidate_soon()
 
-    async def refresh(self) -> int:
-        """See `ImageBackend.refresh`."""
+    async def refresh_size(self) -> int:
+        """See `ImageBackend.refresh_size`."""
         self.revalidate_soon()
         self.size = len(self.content)
         return self.size

@@ -328,9 +328,9 @@ class Setup:
     """Open with the handle 1."""
     forgotten: list[tuple[int, int]] = field(default_factory=list)
     """What the device has reported of FORGETs."""
-    outdated: list[int] = field(default_factory=list)
+    invalidated: list[int] = field(default_factory=list)
     """Inodes of files that the kernel believes to be longer than they are."""
-    until_known: float | None = 0.0
+    seconds_until_end_known: float | None = 0.0
     """In how many seconds the kernel knows where files end; None if it was not told."""
     ended: trio.Event = field(default_factory=trio.Event)
     """Set when `Device.serve` has returned."""
@@ -341,24 +341,24 @@ async def serving(
     files: Mapping[int, OpenFile] | None = None,
     forget: Callable[[Iterable[tuple[int, int]]], None] | None = None,
     answer_seconds: float = math.inf,
-    end_request_of: Callable[[int], None] = lambda _: None,
+    cancel_request_of: Callable[[int], None] = lambda _: None,
 ) -> AsyncIterator[Setup]:
     """A device that serves until the end of the block."""
     kernel = Kernel()
-    file, forgotten, outdated = FakeFile(), list[tuple[int, int]](), list[int]()
+    file, forgotten, invalidated = FakeFile(), list[tuple[int, int]](), list[int]()
     forget, files = forget or forgotten.extend, {1: file} if files is None else files
     troubles = TroubleLog(Troubles(), lambda _inode: None)
     device = Device(
         kernel.descriptor,
         files,
         forget,
-        outdated.append,
-        lambda _inode, _end: setup.until_known,
+        invalidated.append,
+        lambda _inode, _end: setup.seconds_until_end_known,
         troubles,
         answer_seconds=answer_seconds,
-        end_request_of=end_request_of,
+        cancel_request_of=cancel_request_of,
     )
-    setup = Setup(kernel, device, Pyfuse3(device), file, forgotten, outdated)
+    setup = Setup(kernel, device, Pyfuse3(device), file, forgotten, invalidated)
 
     async def serve() -> None:
         await device.serve()

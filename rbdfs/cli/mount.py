@@ -78,7 +78,7 @@ def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from rbdfs.commands.mount import MountOptions, mount  # noqa: PLC0415  (needs pyfuse3, trio, rados and rbd)
     from rbdfs.errors import NOTICE  # noqa: PLC0415
     from rbdfs.fuse.mount_options import parse_options  # noqa: PLC0415
-    from rbdfs.fuse.operations import Presentation  # noqa: PLC0415
+    from rbdfs.fuse.operations import FileAttributes  # noqa: PLC0415
 
     fuse_options = _take_mount_options(parser, options)
     verbosity = logging.DEBUG if options.debug else logging.INFO if options.verbose else NOTICE
@@ -87,7 +87,7 @@ def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             mountpoint=options.mountpoint.absolute(),
             cluster=cluster_options(options),
             pools=tuple(options.pool),
-            presentation=Presentation(options.uid, options.gid, options.umask, options.direct_io),
+            attributes=FileAttributes(options.uid, options.gid, options.umask, options.direct_io),
             fuse_options=parse_options([*fuse_options, *(["allow_other"] if options.allow_other else [])]),
             cache_bytes=options.cache_size,
             foreground=options.foreground,

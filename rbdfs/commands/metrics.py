@@ -14,9 +14,9 @@ from rbdfs.commands.live_mount import LiveMount
 from rbdfs.commands.logs import in_utf8
 from rbdfs.errors import MountError
 from rbdfs.fuse.protocol import OPERATIONS
-from rbdfs.fuse.requests import SECONDS, Latency
+from rbdfs.fuse.requests import BUCKET_SECONDS, Latency
 
-BOUNDS = (*map(str, SECONDS), "+Inf")
+BOUNDS = (*map(str, BUCKET_SECONDS), "+Inf")
 
 
 def serve_metrics(address: str, port: int) -> CollectorRegistry:

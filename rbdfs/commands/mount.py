@@ -27,7 +27,7 @@ from rbdfs.commands.systemd import ServiceManager, keep_informed
 from rbdfs.errors import MountError, RbdfsError
 from rbdfs.fuse.mount_options import FuseOptions
 from rbdfs.fuse.mounting import check_mountpoint
-from rbdfs.fuse.operations import Operations, Presentation
+from rbdfs.fuse.operations import FileAttributes, Operations
 from rbdfs.fuse.session import Session, ask, mounted, serve
 from rbdfs.fuse.tree import Tree
 from rbdfs.fuse.trouble_log import TroubleLog
@@ -59,7 +59,7 @@ class MountOptions:
     cluster: ClusterOptions
     pools: tuple[str, ...]
     """Only these; all if there are none."""
-    presentation: Presentation
+    attributes: FileAttributes
     fuse_options: FuseOptions
     cache_bytes: int
     foreground: bool
@@ -100,7 +100,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
     osd_timeout = float(cluster.setting("rados_osd_op_timeout"))
     troubles = TroubleLog(Troubles(osd_timeout), tree.image_of)
     answer_seconds = osd_timeout + GRACE_SECONDS if osd_timeout else math.inf
-    operations = Operations(tree, cluster, images, cluster.open_image, options.presentation, troubles, answer_seconds)
+    operations = Operations(tree, cluster, images, cluster.open_image, options.attributes, troubles, answer_seconds)
 
     with ExitStack() as ending:
 

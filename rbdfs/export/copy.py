@@ -85,7 +85,7 @@ class CopyOptions:
     """How hard to try."""
 
     concurrency: int
-    """Reads in flight, each of at most 4 MiB (`Layout.transfer`)."""
+    """Reads in flight, each of at most 4 MiB (`Layout.fetch_bytes`)."""
     bytes_per_second: int | None = None
     """How much to read of the cluster in a second; None is no limit."""
 
@@ -129,7 +129,7 @@ class Copy:
         self._target = target
         self._digest = digest
         self._changes = changes
-        self._transfer = Layout(source.object_size, source.stripe_unit, source.stripe_count).transfer
+        self._transfer = Layout(source.object_size, source.stripe_unit, source.stripe_count).fetch_bytes
         self._has_order = target.in_order or digest is not None
         self._reads = Throttle(options.concurrency, options.concurrency * self._transfer)
         self._writes = trio.Semaphore(WRITES_AT_ONCE)
@@ -165,7 +165,7 @@ class Copy:
             self._nursery = None
         if self._failure is not None and not isinstance(self._failure, BeyondEndError):
             raise self._failure
-        size = await self._source.refresh()  # raises if the image is gone: then what was read may be zeros
+        size = await self._source.refresh_size()  # raises if the image is gone: then what was read may be zeros
         if size < self.size:
             raise StaleError(f"the image was shrunk from {self.size} to {size} bytes while it was copied")
         if self._failure is not None:

@@ -30,9 +30,9 @@ import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError
 from rbdfs.fuse import protocol
-from rbdfs.fuse.pending import Failed, Pending
+from rbdfs.fuse.pending import Pending, RecentTimeouts
 from rbdfs.fuse.protocol import HEADER_BYTES, INIT, LSEEK, LSEEK_OUT, READ, REPLY, REQUEST
-from rbdfs.fuse.requests import SECONDS, Requests
+from rbdfs.fuse.requests import BUCKET_SECONDS, Requests
 from rbdfs.fuse.trouble_log import TroubleLog
 from rbdfs.image.backend import Buffer, OnRead, ReadResult
 from rbdfs.image.holes import Kind
@@ -78,7 +78,7 @@ READ_NAME: Final = protocol.OPERATIONS[READ]
 SEEK_NAME: Final = protocol.OPERATIONS[LSEEK]
 """What the log of troubles knows the two by that are answered here."""
 
-LOOK_SECONDS: Final = 0.5
+CHECK_SECONDS: Final = 0.5
 """How often is looked for what has waited for too long, and for who was killed."""
 
 _TO_BE_DONE: Final = (protocol.RELEASE, protocol.RELEASEDIR, INIT, protocol.DESTROY)
@@ -105,25 +105,27 @@ class Device:
         kernel: int,
         files: Mapping[int, OpenFile],
         forget: Callable[[Iterable[tuple[int, int]]], None],
-        outdate: Callable[[int], None],
-        until_known: Callable[[int, int], float | None],
+        invalidate: Callable[[int], None],
+        seconds_until_end_known: Callable[[int, int], float | None],
         troubles: TroubleLog,
         *,
         direct_io: bool = False,
         answer_seconds: float = math.inf,
-        end_request_of: Callable[[int], None] = lambda _: None,
+        cancel_request_of: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`kernel` is the descriptor of /dev/fuse, non-blocking; whoever opened it closes it, after `close`. `files`
-        are the open files by their handles; `forget` is told (inode, lookups), `outdate` the inode of a file that the
-        kernel believes to be longer than it is. `until_known(inode, end)` says in how many seconds the kernel surely
-        knows that the file ends there, None if it was not told. `troubles` hears of errors. `direct_io` says that all
-        files are opened with FOPEN_DIRECT_IO. `answer_seconds` is how long a request may wait here. What pyfuse3 was
-        given is not answered here; `end_request_of(thread)` has it ended whose thread was killed."""
+        """Take over the descriptor `kernel` of /dev/fuse, non-blocking; whoever opened it closes it, after `close`.
+
+        `files` are the open files by handle. `forget` takes (inode, lookups) pairs, `invalidate` the inode of a file
+        that the kernel believes to be longer than it is. `seconds_until_end_known(inode, end)` returns in how many
+        seconds the kernel surely knows that the file ends there; None if it was not told. `troubles` takes all errors.
+        `direct_io`: all files are opened with FOPEN_DIRECT_IO. `answer_seconds` is how long a request may wait here.
+        Requests that pyfuse3 has are not answered here: `cancel_request_of(thread)` cancels that of a killed thread.
+        """
         self._kernel = kernel
         self._files = files
         self._forget = forget
-        self._outdate = outdate
-        self._until_known = until_known
+        self._invalidate = invalidate
+        self._seconds_until_end_known = seconds_until_end_known
         self._troubles = troubles
         self.requests = Requests()
         self._read_latency = self.requests.latency[READ]
@@ -136,8 +138,8 @@ class Device:
             _enlarge(end)
         self._room = min(end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for end in (self._socket, self._pyfuse3))
         self._pending = Pending(self.requests, answer_seconds)
-        self._failed_seeks = Failed()
-        self._end_request_of = end_request_of
+        self._failed_seeks = RecentTimeouts()
+        self._end_request_of = cancel_request_of
         self._passed: dict[int, tuple[int, int]] = {}  # by unique: opcode, room
         self._waiting: deque[tuple[int, int, int, bytes]] = deque()  # opcode, unique, room, message
         self.initialized = trio.Event()
@@ -187,11 +189,15 @@ class Device:
             _, opcode, unique, inode, thread, handle, offset, count, flags = REQUEST.unpack_from(request)
             try:
                 if opcode == READ and length >= protocol.READ_BYTES and (file := self._files.get(handle)):
-                    paged = 0 if (flags | self._direct) & os.O_DIRECT else count
-                    self.requests.waiting[unique] = (monotonic(), READ, inode, offset, thread, paged)
-                    if self._pending.failed_reads and paged and self._has_failed(unique, inode, offset, count):
+                    page_cache_bytes = 0 if (flags | self._direct) & os.O_DIRECT else count
+                    self.requests.waiting[unique] = (monotonic(), READ, inode, offset, thread, page_cache_bytes)
+                    if (
+                        self._pending.failed_reads
+                        and page_cache_bytes
+                        and self._has_failed(unique, inode, offset, count)
+                    ):
                         continue
-                    file.start_read(offset, count, partial(self._answer_read, unique, inode, offset, paged))
+                    file.start_read(offset, count, partial(self._answer_read, unique, inode, offset, page_cache_bytes))
                 else:
                     self._dispatch(opcode, unique, inode, thread, length)
             except Exception as error:
@@ -205,9 +211,9 @@ class Device:
         if length < HEADER_BYTES:
             log.error("a request of %d bytes is not one", length)
         elif opcode in (protocol.FORGET, protocol.BATCH_FORGET):
-            self._forget(protocol.forgotten(opcode, inode, request, length))
+            self._forget(protocol.parse_forget(opcode, inode, request, length))
         elif opcode == protocol.INTERRUPT:
-            self._interrupt(protocol.interrupted(request, length))
+            self._interrupt(protocol.parse_interrupt(request, length))
         elif opcode in (READ, LSEEK):
             *_, handle, offset, whence, _ = REQUEST.unpack_from(request)
             self.requests.waiting[unique] = (monotonic(), opcode, inode, offset, thread, 0)
@@ -233,7 +239,7 @@ class Device:
     async def _keep_time(self) -> None:
         """Answer what has waited for too long, and what nobody waits for any more."""
         while True:
-            await trio.sleep(LOOK_SECONDS)
+            await trio.sleep(CHECK_SECONDS)
             now = monotonic()
             self._pending.forget_failed(now)
             for unique, request in self._pending.due(now, self._passed):
@@ -241,8 +247,10 @@ class Device:
                     continue
                 name = protocol.OPERATIONS.get(request.opcode, f"a request (opcode {request.opcode})")
                 what = f"{name} was not answered within {self._pending.seconds:g} s"
-                if request.paged:
-                    self._pending.fail_read(request.inode, request.offset, request.offset + request.paged, now)
+                if request.page_cache_bytes:
+                    self._pending.fail_read(
+                        request.inode, request.offset, request.offset + request.page_cache_bytes, now
+                    )
                 self._answer_error(unique, request.inode, name, RbdfsError(what, errno.ETIMEDOUT))
             self._end_killed()
             for unique in self._pending.killed_unheard(now, self._passed):
@@ -272,12 +280,18 @@ class Device:
     def notify(self, inode: int) -> None:
         """Have the kernel ask for the attributes of an inode before it uses them again. Never waits."""
         with suppress(OSError):  # ENOENT: it does not know the inode; else it is unmounted
-            os.write(self._kernel, protocol.attributes_are_old(inode))
+            os.write(self._kernel, protocol.invalidate_attributes(inode))
 
     def _answer_read(
-        self, unique: int, inode: int, offset: int, paged: int, result: ReadResult, operation: str = READ_NAME
+        self,
+        unique: int,
+        inode: int,
+        offset: int,
+        page_cache_bytes: int,
+        result: ReadResult,
+        operation: str = READ_NAME,
     ) -> None:
-        """Answer a READ, with bytes or an error; `paged` is how many bytes the page cache asked for, 0 for direct I/O.
+        """Answer a READ, with bytes or an error. The page cache asked for `page_cache_bytes`: 0 for direct I/O.
 
         The page cache takes what is missing for zeros (fuse_short_read) and shows them up to the end that it knows. So
         nothing may be missing but the rest of the file's last page, and that only if the kernel knows the file's end.
@@ -286,21 +300,27 @@ class Device:
             return
         if isinstance(result, RbdfsError):
             if isinstance(result, BeyondEndError):
-                self._outdate(inode)
-            elif result.errno == errno.ETIMEDOUT and paged:
-                self._pending.fail_read(inode, offset, offset + paged, monotonic())
+                self._invalidate(inode)
+            elif result.errno == errno.ETIMEDOUT and page_cache_bytes:
+                self._pending.fail_read(inode, offset, offset + page_cache_bytes, monotonic())
             self._answer_error(unique, inode, READ_NAME, result)
             return
         end = offset + len(result)
-        if offset + paged > end:
-            wait = self._until_known(inode, end) if offset + paged <= -(-end // PAGE_BYTES) * PAGE_BYTES else None
+        if offset + page_cache_bytes > end:
+            wait = (
+                self._seconds_until_end_known(inode, end)
+                if offset + page_cache_bytes <= -(-end // PAGE_BYTES) * PAGE_BYTES
+                else None
+            )
             if wait is None:
-                self._outdate(inode)
-                what = f"a read at {offset} (+{paged}) goes beyond the end of a file that was shrunk"
+                self._invalidate(inode)
+                what = f"a read at {offset} (+{page_cache_bytes}) goes beyond the end of a file that was shrunk"
                 self._answer_error(unique, inode, READ_NAME, BeyondEndError(what, errno.EIO))
                 return
             if wait:
-                trio.lowlevel.spawn_system_task(self._answer_later, wait, unique, inode, offset, paged, result)
+                trio.lowlevel.spawn_system_task(
+                    self._answer_later, wait, unique, inode, offset, page_cache_bytes, result
+                )
                 return
         try:
             os.writev(self._kernel, (REPLY.pack(REPLY.size + len(result), 0, unique), result))
@@ -309,7 +329,7 @@ class Device:
         else:
             if operation == READ_NAME and (waiting := self.requests.waiting.pop(unique, None)):
                 waited = monotonic() - waiting[0]
-                self._read_latency.buckets[bisect_left(SECONDS, waited)] += 1
+                self._read_latency.buckets[bisect_left(BUCKET_SECONDS, waited)] += 1
                 self._read_latency.seconds += waited
                 self.requests.read_bytes += len(result)
             else:

@@ -20,9 +20,9 @@ import trio
 from rbdfs.catalog import Catalog, ImageRef, ImageStat
 from rbdfs.errors import RbdfsError
 from rbdfs.fuse.nodes import ROOT_INODE, ImageFile, Node
-from rbdfs.fuse.pending import Failed
+from rbdfs.fuse.pending import RecentTimeouts
 from rbdfs.fuse.process import Process, process_of
-from rbdfs.fuse.tree import DirEntry, Facts, Tree
+from rbdfs.fuse.tree import DirEntry, Stat, Tree
 from rbdfs.fuse.trouble_log import TroubleLog
 from rbdfs.image.backend import ImageBackend
 from rbdfs.image.open_image import OpenImage
@@ -71,7 +71,7 @@ BY_HANDLE = frozenset({"readdir", "releasedir", "flush", "release"})
 
 
 @dataclass(frozen=True, slots=True)
-class Presentation:
+class FileAttributes:
     """How files look, whatever they hold."""
 
     uid: int
@@ -87,7 +87,7 @@ class _Told(NamedTuple):
 
     asked: float
     """When the cluster was asked, in trio's time: the kernel knows nothing older."""
-    facts: Facts | None
+    facts: Stat | None
     """None if the cluster must be asked again at the next chance."""
 
 
@@ -117,7 +117,7 @@ class _Listing:
     """When the facts were asked."""
     fresh_until: float = -math.inf
     """When they must be asked again; long enough after the answer to tell the kernel of many."""
-    facts: Mapping[int, Facts | None] = field(default_factory=dict)
+    facts: Mapping[int, Stat | None] = field(default_factory=dict)
     """By inode."""
     window: range = range(0)
     """Of which entries; those without facts are gone."""
@@ -173,7 +173,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         catalog: Catalog,
         images: OpenImages,
         open_backend: Callable[[ImageSpec, ImageRef], Awaitable[ImageBackend]],
-        presentation: Presentation,
+        attributes: FileAttributes,
         troubles: TroubleLog,
         answer_seconds: float = math.inf,
     ) -> None:
@@ -183,12 +183,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self._catalog = catalog
         self._images = images
         self._open_backend = open_backend
-        self.presentation = presentation
+        self.attributes = attributes
         self.troubles = troubles
         self.answer_seconds = answer_seconds
         self._scopes: dict[int, trio.CancelScope] = {}
         """Of what is under way, by the thread that waits for it."""
-        self._failed = Failed()
+        self._failed = RecentTimeouts()
         self._handles = itertools.count(1)
         self.files: dict[int, OpenImage] = {}
         """What is open, by handle: device.py reads from it."""
@@ -234,14 +234,14 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
 
     async def _ask(self, node: Node) -> _Told:
         asked = trio.current_time()
-        return _Told(asked, await self._tree.facts(node))
+        return _Told(asked, await self._tree.stat(node))
 
-    def outdate(self, inode: int) -> None:
+    def invalidate(self, inode: int) -> None:
         """What the kernel was told of an inode is old: have it ask again before it relies on the size."""
         self._told[inode] = _Told(trio.current_time(), None)
         self.notify(inode)
 
-    def until_known(self, inode: int, end: int) -> float | None:
+    def seconds_until_end_known(self, inode: int, end: int) -> float | None:
         """In how many seconds the kernel surely knows that a file ends at `end`; None if it was told of a later end."""
         known = self._ends.get(inode, _End(0, -math.inf))
         return None if known.size > end else max(0.0, known.surely_from - trio.current_time())
@@ -287,7 +287,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     async def _ask_window(self, listing: _Listing, position: int) -> None:
         listing.asked = trio.current_time()
         listing.window = range(position, min(position + LISTED_AT_ONCE, len(listing.entries)))
-        listing.facts = await self._tree.facts_of_all(listing.entries[number].node for number in listing.window)
+        listing.facts = await self._tree.stat_all(listing.entries[number].node for number in listing.window)
         listing.fresh_until = max(listing.asked, trio.current_time() - LISTING_SECONDS / 2) + LISTING_SECONDS
 
     async def _ask_or_none(self, node: Node) -> _Told:
@@ -316,8 +316,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self.opened[handle] = OpenedBy(node.spec, process, monotonic())
         self._inodes[handle] = inode
         if not unchanged:
-            self.outdate(inode)
-        return pyfuse3.FileInfo(fh=handle, keep_cache=unchanged, direct_io=self.presentation.direct_io)
+            self.invalidate(inode)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=unchanged, direct_io=self.attributes.direct_io)
 
     @answered
     async def flush(self, handle: int) -> None:
@@ -361,7 +361,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         answer.f_namemax = os.pathconf("/", "PC_NAME_MAX")
         return answer
 
-    def end_request_of(self, thread: int) -> None:
+    def cancel_request_of(self, thread: int) -> None:
         """A thread that waits for an answer was killed. It waits for one answer at a time."""
         if scope := self._scopes.get(thread):
             scope.cancel()
@@ -423,15 +423,15 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         """What the kernel is told, until it is ENTRY_SECONDS old; if nothing is known, it asks again at once."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
-        entry.st_uid = self.presentation.uid
-        entry.st_gid = self.presentation.gid
+        entry.st_uid = self.attributes.uid
+        entry.st_gid = self.attributes.gid
         facts = told.facts
         left = 0.0 if facts is None else max(0.0, told.asked + ENTRY_SECONDS - trio.current_time())
         entry.attr_timeout = entry.entry_timeout = left
         if isinstance(node, ImageFile):
-            entry.st_mode = stat.S_IFREG | 0o444 & ~self.presentation.umask
+            entry.st_mode = stat.S_IFREG | 0o444 & ~self.attributes.umask
         else:
-            entry.st_mode = stat.S_IFDIR | 0o555 & ~self.presentation.umask
+            entry.st_mode = stat.S_IFDIR | 0o555 & ~self.attributes.umask
         if isinstance(facts, ImageStat):
             entry.st_size = facts.size
             entry.st_blksize = COPY_BYTES

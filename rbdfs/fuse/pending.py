@@ -9,18 +9,18 @@ from collections.abc import Container, Hashable
 from typing import Final, NamedTuple
 
 from rbdfs.fuse.process import is_killed
-from rbdfs.fuse.requests import Requests, Waiting
+from rbdfs.fuse.requests import Requests, WaitingRequest
 
-AGAIN_SECONDS: Final = 1.0
+RETRY_AFTER_SECONDS: Final = 1.0
 """How long what was not answered in time is not asked for again. The kernel repeats a read of the page cache that has
 failed as readahead, page by page (filemap_read). And of lookups of one name, and of seeks in one file, it sends one at
 a time (d_alloc_parallel, fuse_lseek): the tenth process would wait ten times as long."""
 
 
-LONG_SECONDS: Final = 0.5
+KILL_CHECK_AFTER_SECONDS: Final = 0.5
 """For how long a request has to wait before its thread is looked at."""
 
-THREADS_AT_ONCE: Final = 100
+THREADS_CHECKED_AT_ONCE: Final = 100
 """Threads that are looked at in one go; each takes some 30 us."""
 
 
@@ -30,7 +30,7 @@ class _Range(NamedTuple):
     end: int
 
 
-class Failed:
+class RecentTimeouts:
     """What was not answered in time just now."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Failed:
     def add(self, request: Hashable, now: float) -> None:
         """What the request was is what tells it from others."""
         self._until = {request: until for request, until in self._until.items() if now < until}
-        self._until[request] = now + AGAIN_SECONDS
+        self._until[request] = now + RETRY_AFTER_SECONDS
 
     def has(self, request: Hashable, now: float) -> bool:
         """Whether the same was asked in vain."""
@@ -58,14 +58,14 @@ class Pending:
         self._interrupted: set[int] = set()
         self._looked_at = 0
 
-    def due(self, now: float, passed: Container[int]) -> list[tuple[int, Waiting]]:
+    def due(self, now: float, passed: Container[int]) -> list[tuple[int, WaitingRequest]]:
         """What has waited for too long: (unique, request). Of what is in `passed` somebody else keeps the time."""
         found = []
         for unique, request in self._requests.waiting.items():
             if now - request[0] < self.seconds:
                 break
             if unique not in passed:
-                found.append((unique, Waiting(*request)))
+                found.append((unique, WaitingRequest(*request)))
         return found
 
     def interrupt(self, unique: int) -> None:
@@ -87,20 +87,20 @@ class Pending:
         """
         waiting: dict[int, list[int]] = {}
         for unique, (began, _, _, _, thread, _) in self._requests.waiting.items():
-            if now - began < LONG_SECONDS:
+            if now - began < KILL_CHECK_AFTER_SECONDS:
                 break
             if unique not in passed:
                 waiting.setdefault(thread, []).append(unique)
         threads = sorted(waiting)
         start = self._looked_at if self._looked_at < len(threads) else 0
-        self._looked_at = start + THREADS_AT_ONCE
+        self._looked_at = start + THREADS_CHECKED_AT_ONCE
         return [
             unique for thread in threads[start : self._looked_at] if is_killed(thread) for unique in waiting[thread]
         ]
 
     def fail_read(self, inode: int, start: int, end: int, now: float) -> None:
         """A read of the page cache, of the bytes [start, end), was not answered in time."""
-        self.failed_reads.setdefault(inode, []).append(_Range(now + AGAIN_SECONDS, start, end))
+        self.failed_reads.setdefault(inode, []).append(_Range(now + RETRY_AFTER_SECONDS, start, end))
 
     def has_failed(self, inode: int, start: int, end: int, now: float) -> bool:
         """Whether such a read was not answered in time just now."""

@@ -114,14 +114,14 @@ def set_limits(init_reply: bytearray, limits: Limits) -> None:
         _FLAGS.pack_into(init_reply, _FLAGS_AT, flags | _PARALLEL_DIROPS)
 
 
-def interrupted(request: bytes | bytearray, length: int) -> int | None:
+def parse_interrupt(request: bytes | bytearray, length: int) -> int | None:
     """Which request an INTERRUPT is about, by its unique; None if it is cut off."""
     if length < HEADER_BYTES + _INTERRUPT_IN.size:
         return None
     return int(_INTERRUPT_IN.unpack_from(request, HEADER_BYTES)[0])
 
 
-def attributes_are_old(inode: int) -> bytes:
+def invalidate_attributes(inode: int) -> bytes:
     """What has the kernel ask for an inode's attributes before it uses them again (fuse_notify_inval_inode_out)."""
     return _NOTIFY_INVAL_INODE.pack(_NOTIFY_INVAL_INODE.size, NOTIFY_INVAL_INODE, 0, inode, _ATTRIBUTES_ALONE, 0)
 
@@ -141,7 +141,7 @@ def clamp_reply(opcode: int, request: bytearray, length: int, most: int) -> None
         _SIZE.pack_into(request, _SIZE_AT[opcode], min(size, most))
 
 
-def forgotten(opcode: int, inode: int, request: bytes | bytearray, length: int) -> Iterator[tuple[int, int]]:
+def parse_forget(opcode: int, inode: int, request: bytes | bytearray, length: int) -> Iterator[tuple[int, int]]:
     """What a FORGET or a BATCH_FORGET takes back: (inode, how many lookups). Of one that is cut off, what is whole."""
     if opcode == FORGET:
         if length >= HEADER_BYTES + _FORGET_IN.size:

@@ -8,12 +8,12 @@ from typing import Final, NamedTuple
 
 from rbdfs.fuse.protocol import READ
 
-SECONDS: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 120.0)
+BUCKET_SECONDS: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 120.0)
 """Upper bounds of the buckets: a read from the cache is in the first, one of an OSD in the middle; the last is the
 default of --osd-timeout."""
 
 
-class Waiting(NamedTuple):
+class WaitingRequest(NamedTuple):
     """A request without an answer yet. Made as a plain tuple where reads come: that costs half as much."""
 
     began: float
@@ -24,7 +24,7 @@ class Waiting(NamedTuple):
     """In the image, of a read or a seek."""
     thread: int
     """Who asks, by the id that /proc has; 0 if it is in a namespace that we do not see, or nobody waits."""
-    paged: int = 0
+    page_cache_bytes: int = 0
     """Bytes that the page cache asks for from the offset on."""
 
 
@@ -34,7 +34,7 @@ class Latency:
     __slots__ = ("buckets", "seconds")
 
     def __init__(self) -> None:
-        self.buckets = [0] * (len(SECONDS) + 1)
+        self.buckets = [0] * (len(BUCKET_SECONDS) + 1)
         """How many were in each; the last one has no bound."""
         self.seconds = 0.0
         """All of them together."""
@@ -44,7 +44,7 @@ class Requests:
     """Kept by the device, which counts reads that succeed by itself: a call for each would cost more than the count."""
 
     def __init__(self) -> None:
-        self.waiting: dict[int, Waiting | tuple[float, int, int, int, int, int]] = {}
+        self.waiting: dict[int, WaitingRequest | tuple[float, int, int, int, int, int]] = {}
         """By the kernel's number for it, the oldest first."""
         self.latency: defaultdict[int, Latency] = defaultdict(Latency)
         """By opcode; those that failed are counted, too."""
@@ -57,11 +57,11 @@ class Requests:
         if (waiting := self.waiting.pop(unique, None)) is not None:
             began, opcode, *_ = waiting
             latency = self.latency[opcode]
-            latency.buckets[bisect_left(SECONDS, now - began)] += 1
+            latency.buckets[bisect_left(BUCKET_SECONDS, now - began)] += 1
             latency.seconds += now - began
             if error:
                 self.errors[opcode, error] += 1
 
-    def oldest(self, count: int) -> list[Waiting]:
+    def oldest(self, count: int) -> list[WaitingRequest]:
         """Those that wait for the longest, the oldest first."""
-        return [Waiting(*each) for each in islice(self.waiting.values(), count)]
+        return [WaitingRequest(*each) for each in islice(self.waiting.values(), count)]

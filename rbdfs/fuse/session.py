@@ -24,7 +24,7 @@ READ_AHEAD_KIB = 4096
 """The kernel's own readahead. With its default of 128 KiB the page cache asks for 128 KiB at a time, with more for as
 much as a request can carry, 1 MiB (256 pages)."""
 
-QUESTION = "user.rbdfs.watchdog"
+PROBE_XATTR = "user.rbdfs.watchdog"
 """An extended attribute that no file has: the kernel keeps no answers to that."""
 
 MIN_TASKS = 16
@@ -52,12 +52,12 @@ def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> I
             mount.device,
             operations.files,
             operations.forget_inodes,
-            operations.outdate,
-            operations.until_known,
+            operations.invalidate,
+            operations.seconds_until_end_known,
             operations.troubles,
-            direct_io=operations.presentation.direct_io,
+            direct_io=operations.attributes.direct_io,
             answer_seconds=operations.answer_seconds,
-            end_request_of=operations.end_request_of,
+            cancel_request_of=operations.cancel_request_of,
         )
         operations.notify = device.notify
         try:
@@ -111,7 +111,7 @@ def ask(mount: mounting.Mount) -> None:
         return
     reason = "there is such an attribute"
     try:
-        os.getxattr(path, QUESTION)
+        os.getxattr(path, PROBE_XATTR)
     except OSError as error:
         if error.errno == errno.ENODATA:
             return

@@ -46,7 +46,7 @@ T = TypeVar("T")
 NAMESPACE_NAME_BYTES = names.NAME_BYTES - len(names.SEPARATOR)
 """Room for `@` before it."""
 
-Facts = ImageStat | int
+Stat = ImageStat | int
 """An image's facts; of a directory, when what it lists last changed, in nanoseconds since the epoch."""
 
 
@@ -99,7 +99,7 @@ class Tree:
             case SnapshotDirectory(ref=ref, spec=spec):
                 return await self._snapshot(ref, spec, name)
 
-    async def facts(self, node: Node) -> Facts:
+    async def stat(self, node: Node) -> Stat:
         """What the cluster says now. Raises RbdfsError: ENOENT for what is gone."""
         match node:
             case Root():
@@ -114,18 +114,18 @@ class Tree:
                 changed_ns = await self._catalog.changed_ns(namespace)
                 return self._mounted_ns if changed_ns is None else changed_ns
 
-    async def facts_of_all(self, nodes: Iterable[Node]) -> Mapping[int, Facts | None]:
+    async def stat_all(self, nodes: Iterable[Node]) -> Mapping[int, Stat | None]:
         """What the cluster says now of many nodes of one directory, by inode. Does not raise.
 
         What is gone is left out. None is for what is not known, and for directories of snapshots: most who list `.snap`
         do not want to know when each image had its newest snapshot.
         """
         files: dict[ImageRef, int] = {}
-        facts: dict[int, Facts | None] = {}
+        facts: dict[int, Stat | None] = {}
 
         async def ask(node: ImageDirectory) -> None:
             try:
-                facts[node.inode] = await self.facts(node)
+                facts[node.inode] = await self.stat(node)
             except RbdfsError as error:
                 log.debug("nothing is known of %s: %s", node.identity, error)
 

@@ -59,7 +59,7 @@ class ImageBackend(Protocol):
         Afterwards `revalidate_due` is False for about a second; of an image that is gone it stays True.
         """
 
-    async def bring_up_to_date(self) -> None:
+    async def revalidate(self) -> None:
         """Have all reads, seeks and sizes from now on see what was done before this call, and ask for `write_version`.
 
         Raises RbdfsError, StaleError if the image is gone.
@@ -68,7 +68,7 @@ class ImageBackend(Protocol):
     async def verify(self) -> None:
         """Ask the cluster whether the image is still there. Raises RbdfsError, StaleError if it is gone."""
 
-    async def refresh(self) -> int:
+    async def refresh_size(self) -> int:
         """Ask the cluster for the size. Bytes; raises RbdfsError, StaleError if the image is gone."""
 
     async def extents_window(self) -> int:

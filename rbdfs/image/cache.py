@@ -36,15 +36,15 @@ _BEYOND_ANY_OFFSET = 1 << 63
 class Fetch:
     """One aio: queued, in flight or complete. The unit of single flight, of the LRU and of the budget."""
 
-    __slots__ = ("data", "image", "is_ahead", "length", "listed", "objects", "offset", "waiters")
+    __slots__ = ("data", "image", "is_readahead", "length", "listed", "objects", "offset", "waiters")
 
-    def __init__(self, image: "CachedImage", offset: int, length: int, *, is_ahead: bool = False) -> None:
+    def __init__(self, image: "CachedImage", offset: int, length: int, *, is_readahead: bool = False) -> None:
         self.image = image
         self.offset = offset
         self.length = length
         self.objects: tuple[int, ...] | list[int] = ()
         self.listed = False
-        self.is_ahead = is_ahead
+        self.is_readahead = is_readahead
         """Whether it was read ahead, and nobody has read of it yet."""
         self.data: Buffer | None = None
         self.waiters: list[tuple[OnRead, int, int]] = []
@@ -154,8 +154,8 @@ class ObjectCache:
             start, end, fetch, fetch_offset = pieces[bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1]
             if start <= position and position + length <= end:  # as most reads that hit: one piece
                 self.counts.hits += 1
-                if fetch.is_ahead:
-                    self._use(fetch)
+                if fetch.is_readahead:
+                    self._count_use(fetch)
                 start = fetch_offset + position - start
                 if fetch.data is not None:
                     self._complete.move_to_end(fetch)
@@ -173,7 +173,7 @@ class ObjectCache:
         if keep and length <= self._largest_fetch:
             self._fetch_missing(image, offset, length, callback)
         else:
-            image.throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
+            image.throttle.submit((image, offset, length, callback), length, self._start_uncached, urgent=True)
 
     def _answer(self, parts: list[Part], callback: OnRead) -> None:
         """Answer from fetches, as soon as all of them are complete."""
@@ -192,12 +192,12 @@ class ObjectCache:
         """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
         if length <= self._largest_fetch:
             for start, end in _missing(image, offset, length):
-                self._submit(Fetch(image, start, end - start, is_ahead=True), urgent=False)
+                self._submit(Fetch(image, start, end - start, is_readahead=True), urgent=False)
                 self.counts.ahead_bytes += end - start
 
-    def _use(self, fetch: Fetch) -> None:
+    def _count_use(self, fetch: Fetch) -> None:
         """The first reader of what was read ahead has come."""
-        fetch.is_ahead = False
+        fetch.is_readahead = False
         self.counts.ahead_used_bytes += fetch.length
 
     def cancel(self, image: CachedImage) -> None:
@@ -225,8 +225,8 @@ class ObjectCache:
                     return None
                 start, piece_end, fetch, fetch_offset = pieces[index]
                 part_end = min(end, piece_end)
-                if fetch.is_ahead:
-                    self._use(fetch)
+                if fetch.is_readahead:
+                    self._count_use(fetch)
                 parts.append(Part(fetch, fetch_offset + position - start, fetch_offset + part_end - start))
                 if fetch.data is not None:
                     self._complete.move_to_end(fetch)
@@ -262,7 +262,7 @@ class ObjectCache:
         if parts is not None:
             self._answer(parts, callback)
         else:  # to make room for a part, a budget hardly larger than this read has dropped another
-            image.throttle.submit((image, offset, length, callback), length, self._start_unkept, urgent=True)
+            image.throttle.submit((image, offset, length, callback), length, self._start_uncached, urgent=True)
 
     def _submit(self, fetch: Fetch, *, urgent: bool) -> None:
         """Ask for bytes of which none is listed, and list them: others find them."""
@@ -285,16 +285,16 @@ class ObjectCache:
         except Exception as error:
             self._finish(fetch, _unexpected(error))
 
-    def _start_unkept(self, request: tuple[CachedImage, int, int, OnRead]) -> None:
+    def _start_uncached(self, request: tuple[CachedImage, int, int, OnRead]) -> None:
         image, offset, length, callback = request
         if self._complete_bytes + self.in_flight.bytes + self.in_flight.peak_bytes > self.budget_bytes:
             self._make_room()
         try:
-            image.backend.start_read(offset, length, partial(self._finish_unkept, image, length, callback))
+            image.backend.start_read(offset, length, partial(self._finish_uncached, image, length, callback))
         except Exception as error:
-            self._finish_unkept(image, length, callback, _unexpected(error))
+            self._finish_uncached(image, length, callback, _unexpected(error))
 
-    def _finish_unkept(self, image: CachedImage, length: int, callback: OnRead, result: ReadResult) -> None:
+    def _finish_uncached(self, image: CachedImage, length: int, callback: OnRead, result: ReadResult) -> None:
         try:
             callback(result)
         except Exception:
@@ -321,7 +321,7 @@ class ObjectCache:
             if fetch.listed:
                 self._complete[fetch] = None
                 self._complete_bytes += fetch.length
-            elif fetch.is_ahead:
+            elif fetch.is_readahead:
                 self.counts.ahead_wasted_bytes += fetch.length
         for callback, start, end in waiters:
             try:
@@ -349,7 +349,7 @@ class ObjectCache:
         if fetch in self._complete:
             del self._complete[fetch]
             self._complete_bytes -= fetch.length
-            if fetch.is_ahead:
+            if fetch.is_readahead:
                 self.counts.ahead_wasted_bytes += fetch.length
 
 

@@ -10,7 +10,7 @@ from enum import Enum
 from itertools import accumulate
 from typing import NamedTuple
 
-SEGMENTS_AT_MOST = 1 << 18
+SEGMENTS_MAX = 1 << 18
 """Of one image, some 20 MB. With more, only what was learned last is known."""
 
 
@@ -71,7 +71,7 @@ class HoleMap:
         first_index, last_index = bisect_left(self._starts, start), bisect_right(self._starts, end)
         self._starts[first_index:last_index] = starts
         self._kinds[first_index:last_index] = kinds
-        if len(self._starts) > SEGMENTS_AT_MOST:
+        if len(self._starts) > SEGMENTS_MAX:
             self._forget_all_but(start, end)
         self._ranks = []
         self.has_holes = Kind.HOLE in self._kinds

@@ -74,7 +74,7 @@ class OpenImage:
         self._state = state
         self._cache = cache
         self._share = share
-        self._readahead = Readahead(state.cached.layout.transfer)
+        self._readahead = Readahead(state.cached.layout.fetch_bytes)
         share.files.append(self._readahead)
         self._holes = state.holes or HoleMap(state.backend.size)
         self._stale: StaleError | None = None
@@ -106,7 +106,7 @@ class OpenImage:
         size = backend.size
         holes = self._holes
         if offset + length > size or (state.holes is not None and not state.holes.is_asked):
-            self._in_a_task(partial(self._read_slowly, offset, length, callback), callback)
+            self._in_a_task(partial(self._read_after_asking, offset, length, callback), callback)
             return
         if holes.has_holes and holes.size == size:
             if state.holes is not None and length <= len(ZEROS) and holes.is_hole(offset, length):
@@ -138,17 +138,17 @@ class OpenImage:
         callback(result)
 
     async def _read_again(self, offset: int, length: int, callback: OnRead) -> None:
-        await self._state.backend.refresh()
-        await self._read_slowly(offset, length, callback)
+        await self._state.backend.refresh_size()
+        await self._read_after_asking(offset, length, callback)
 
-    async def _read_slowly(self, offset: int, length: int, callback: OnRead) -> None:
+    async def _read_after_asking(self, offset: int, length: int, callback: OnRead) -> None:
         """Read what has to ask the cluster for more than data first: for the size, or for a snapshot's holes."""
         state = self._state
         if state.holes is not None:
             await self._ask_for_holes(state.holes)
         size = state.backend.size
         if offset + length > size:
-            size = await state.backend.refresh()
+            size = await state.backend.refresh_size()
         length = min(length, size - offset)
         if length <= 0:
             callback(b"")
@@ -189,9 +189,9 @@ class OpenImage:
                 self._prefetch(*part)
 
     def _prefetch(self, start: int, end: int) -> None:
-        transfer = self._readahead.transfer
+        fetch_bytes = self._readahead.fetch_bytes
         while start < end:
-            stop = min(end, (start // transfer + 1) * transfer)
+            stop = min(end, (start // fetch_bytes + 1) * fetch_bytes)
             self._cache.prefetch(self._state.cached, start, stop - start)
             start = stop
 
@@ -221,9 +221,9 @@ class OpenImage:
             if segment is not None and segment.kind is kind:
                 callback(max(offset, segment.start))
                 return
-        self._in_a_task(partial(self._seek_slowly, offset, kind, callback), callback)
+        self._in_a_task(partial(self._seek_by_asking, offset, kind, callback), callback)
 
-    async def _seek_slowly(self, offset: int, kind: Kind, callback: OnSeek) -> None:
+    async def _seek_by_asking(self, offset: int, kind: Kind, callback: OnSeek) -> None:
         backend = self._state.backend
         size = -1
         while size != backend.size:  # that there is no more is said only of the size that the image has now
@@ -236,7 +236,7 @@ class OpenImage:
                 callback(max(offset, segment.start))
                 return
             if not backend.is_immutable:
-                await backend.refresh()
+                await backend.refresh_size()
         callback(size if kind is Kind.HOLE and offset < size else None)
 
     async def _learn(self, backend: ImageBackend, position: int) -> None:
@@ -252,7 +252,7 @@ class OpenImage:
             end = min(start + window, holes.size)
             holes.learn(start, end, await backend.extents(start, end - start))
         except RbdfsError as error:
-            if isinstance(error, BeyondEndError) and await backend.refresh() != holes.size:
+            if isinstance(error, BeyondEndError) and await backend.refresh_size() != holes.size:
                 return
             if error.errno == errno.ETIMEDOUT:
                 raise  # the next seek may have an answer

@@ -8,18 +8,18 @@ import trio
 from rbdfs.errors import StaleError
 from rbdfs.image.backend import ImageBackend, OpenBackend
 from rbdfs.image.cache import CachedImage, ObjectCache
-from rbdfs.image.holes import SEGMENTS_AT_MOST, HoleMap
+from rbdfs.image.holes import SEGMENTS_MAX, HoleMap
 from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.striper import Layout
 from rbdfs.tasks import BackgroundTasks
 
 log = logging.getLogger(__name__)
 
-KEPT_CLOSED = 1024
+CLOSED_IMAGES_MAX = 1024
 """Images whose cached bytes are kept after their last close, for the next open() to find still valid. The bytes are
 under the cache's budget; this bounds the list."""
 
-KEPT_CLOSED_SEGMENTS = SEGMENTS_AT_MOST
+CLOSED_SEGMENTS_MAX = SEGMENTS_MAX
 """Segments in the hole maps of closed images, all together: some 20 MB."""
 
 
@@ -64,9 +64,9 @@ class OpenImages:
         entry.users += 1
         try:
             async with entry.lock:
-                unchanged = await self._bring_up_to_date(key, entry, open_backend)
+                unchanged = await self._revalidate(key, entry, open_backend)
         except BaseException:
-            await self._leave(key, entry)
+            await self._release(key, entry)
             raise
         assert entry.state is not None  # noqa: S101  (just set, and kept while there are users)
         return OpenImage(entry.state, self._cache, self._share), unchanged
@@ -74,7 +74,7 @@ class OpenImages:
     async def close(self, image: OpenImage) -> None:
         """End one open(). The last one gives the librbd image and its watch back. A cancel ends the waiting alone."""
         image.close()
-        await self._leave(image.key, self._entries[image.key])
+        await self._release(image.key, self._entries[image.key])
 
     async def aclose(self) -> None:
         """Close what is still open, and wait for what is being closed."""
@@ -85,7 +85,7 @@ class OpenImages:
         self._entries.clear()
         await self._background.wait()
 
-    async def _bring_up_to_date(self, key: Hashable, entry: _Entry, open_backend: OpenBackend) -> bool:
+    async def _revalidate(self, key: Hashable, entry: _Entry, open_backend: OpenBackend) -> bool:
         state = entry.state
         backend = await self._current_backend(state, open_backend)
         version = backend.write_version
@@ -117,13 +117,13 @@ class OpenImages:
         """The image that somebody has open, brought up to date; else, or if that is gone, a new one."""
         if state is not None:
             try:
-                await state.backend.bring_up_to_date()
+                await state.backend.revalidate()
                 return state.backend
             except StaleError as error:
                 log.info("opened anew: %s", error)
         return await open_backend()
 
-    async def _leave(self, key: Hashable, entry: _Entry) -> None:
+    async def _release(self, key: Hashable, entry: _Entry) -> None:
         """At once, but for the librbd image: that is closed beside the next open(), which need not wait for it."""
         entry.users -= 1
         if entry.users:
@@ -131,11 +131,11 @@ class OpenImages:
         state, entry.state = entry.state, None
         if state is not None:
             self._cache.cancel(state.cached)
-        self._remember(key, entry)
+        self._keep_closed(key, entry)
         if state is not None:
             await self._background.run(state.backend.close)
 
-    def _remember(self, key: Hashable, entry: _Entry) -> None:
+    def _keep_closed(self, key: Hashable, entry: _Entry) -> None:
         """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""
         del self._entries[key]
         is_worth_it = entry.cached is not None and (entry.cached.objects or entry.holes is not None)
@@ -146,7 +146,7 @@ class OpenImages:
         closed = {key: entry for key, entry in self._entries.items() if not entry.users}
         segments = sum(each.segments for each in closed.values())
         for number, (oldest, dropped) in enumerate(closed.items()):
-            if len(closed) - number <= KEPT_CLOSED and segments <= KEPT_CLOSED_SEGMENTS:
+            if len(closed) - number <= CLOSED_IMAGES_MAX and segments <= CLOSED_SEGMENTS_MAX:
                 break
             del self._entries[oldest]
             segments -= dropped.segments

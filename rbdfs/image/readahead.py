@@ -67,11 +67,11 @@ class Stream:
 class Readahead:
     """The streams of one open file.
 
-    `transfer` is what one aio carries: ranges that are returned end on multiples of it, or at the image's end.
+    `fetch_bytes` is what one aio carries: ranges that are returned end on multiples of it, or at the image's end.
     """
 
-    def __init__(self, transfer: int) -> None:
-        self.transfer = transfer
+    def __init__(self, fetch_bytes: int) -> None:
+        self.fetch_bytes = fetch_bytes
         self.window = WINDOW_BYTES
         self.is_random = False
         """Whether the latest reads belonged to no stream."""
@@ -87,7 +87,7 @@ class Readahead:
     def on_read(self, offset: int, length: int, size: int, limit: Callable[[], int]) -> tuple[int, int] | None:
         """The image range [start, end) to read ahead because of this read, or None. A range is returned once.
 
-        `size` is the image's; `limit()` is how many bytes may lie ahead of a stream now. Less than one transfer allows
+        `size` is the image's; `limit()` is how many bytes may lie ahead of a stream now. Less than `fetch_bytes` allows
         nothing.
         """
         end = offset + length
@@ -118,9 +118,9 @@ class Readahead:
         self.is_random = False
         stream.read += length
         stream.front = max(stream.front, end)
-        window = stream.window or min(self.window, max(self.transfer, GROWTH * stream.read))
+        window = stream.window or min(self.window, max(self.fetch_bytes, GROWTH * stream.read))
         if stream.front + window <= stream.ahead or stream.ahead >= size:
-            return None  # as most reads of a sequential reader: the window has not come to the next transfer
+            return None  # as most reads of a sequential reader: the window has not come to the next fetch
         return self._extend(stream, offset, size, limit)
 
     def _on_second_read(
@@ -147,12 +147,12 @@ class Readahead:
     def _extend(self, stream: Stream, offset: int, size: int, limit: Callable[[], int]) -> tuple[int, int] | None:
         """What a sequential reader is to have read ahead, as far as it was not asked for yet."""
         full = min(self.window, limit())
-        window = min(full, max(self.transfer, GROWTH * stream.read))
-        if window < self.transfer:
+        window = min(full, max(self.fetch_bytes, GROWTH * stream.read))
+        if window < self.fetch_bytes:
             return None
         stream.window = full if window == full else 0
         start = max(stream.ahead, min(offset, stream.front))
-        wanted = min(size, -(-(stream.front + window) // self.transfer) * self.transfer)
+        wanted = min(size, -(-(stream.front + window) // self.fetch_bytes) * self.fetch_bytes)
         if wanted <= start:
             return None
         stream.ahead = wanted

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 MIB = 1 << 20
 
-TRANSFER_BYTES = 4 * MIB
+FETCH_BYTES_MAX = 4 * MIB
 """What one aio carries at most when an image is read ahead: the default object size, and the size at which librbd
 is at its best (FACTS: `rbd bench` reads 4 MiB ten at a time). Larger objects are read in parts of this size, so that
 the first bytes do not wait for 32 MiB; smaller objects are read many in one aio."""
@@ -38,15 +38,15 @@ class Layout:
         return cls(object_size=object_size, stripe_unit=object_size, stripe_count=1)
 
     @property
-    def transfer(self) -> int:
+    def fetch_bytes(self) -> int:
         """Bytes of the image that one readahead aio covers: whole objects where they are small enough.
 
         A multiple of it is always on an object's or a stripe's edge.
         """
         grain = self.stripe_unit * self.stripe_count if self.is_striped else self.object_size
-        if grain <= TRANSFER_BYTES:
-            return TRANSFER_BYTES // grain * grain
-        return TRANSFER_BYTES if self.stripe_unit % TRANSFER_BYTES == 0 else self.stripe_unit
+        if grain <= FETCH_BYTES_MAX:
+            return FETCH_BYTES_MAX // grain * grain
+        return FETCH_BYTES_MAX if self.stripe_unit % FETCH_BYTES_MAX == 0 else self.stripe_unit
 
 
 class ObjectExtent(NamedTuple):

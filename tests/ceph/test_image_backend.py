@@ -107,7 +107,7 @@ async def test_it_knows_its_size_and_layout(open_backend: OpenBackend) -> None:
     async with open_backend() as backend:
         assert (backend.size, backend.object_size) == (SIZE, OBJECT_SIZE)
         assert (backend.stripe_unit, backend.stripe_count) == (UNIT, COUNT)
-        assert await backend.refresh() == SIZE
+        assert await backend.refresh_size() == SIZE
 
 
 @in_trio
@@ -148,7 +148,7 @@ async def test_close_waits_for_reads_in_flight(open_backend: OpenBackend) -> Non
 
 async def write_version(backend: ImageBackend) -> int | None:
     """As an open() asks for it."""
-    await backend.bring_up_to_date()
+    await backend.revalidate()
     return backend.write_version
 
 
@@ -393,7 +393,7 @@ async def test_an_open_asks_for_headers_and_watchers_once_and_once_more_for_each
             first = await counts.cluster.open_image(ImageSpec("rbd", name), ref)
             assert asked == {"headers": 1 + ancestors, "watch": 1, "watchers": 1}
             asked.clear()
-            await first.bring_up_to_date()  # another open(): of what is open, and then of what was a moment ago
+            await first.revalidate()  # another open(): of what is open, and then of what was a moment ago
             assert asked == {"headers": 1, "watchers": 1}
             await first.close()
             asked.clear()
@@ -415,7 +415,7 @@ async def test_a_snapshot_is_immutable_once_nobody_can_be_filling_it(ceph: Ceph,
                 backend = await counts.open(name, "s")
                 assert not backend.is_immutable
                 assert backend.write_version is None
-                await backend.bring_up_to_date()
+                await backend.revalidate()
                 assert not backend.is_immutable
                 assert counts.opens == 2  # librbd has loaded the snapshot's object map
                 with rbd.Image(ioctx, name, read_only=True) as image:
@@ -425,7 +425,7 @@ async def test_a_snapshot_is_immutable_once_nobody_can_be_filling_it(ceph: Ceph,
                 with rados.WriteOpCtx() as operation:
                     ioctx.set_omap(operation, ("create_timestamp",), (created,))
                     ioctx.operate_write_op(operation, f"rbd_header.{prefix}")
-                await backend.bring_up_to_date()
+                await backend.revalidate()
                 assert backend.is_immutable
                 version = backend.write_version
                 assert version is not None

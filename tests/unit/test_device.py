@@ -13,8 +13,8 @@ import trio.testing
 
 from rbdfs.errors import BeyondEndError, ReadError, StaleError
 from rbdfs.fuse import device as device_module
-from rbdfs.fuse.device import LOOK_SECONDS
-from rbdfs.fuse.pending import AGAIN_SECONDS, LONG_SECONDS
+from rbdfs.fuse.device import CHECK_SECONDS
+from rbdfs.fuse.pending import KILL_CHECK_AFTER_SECONDS, RETRY_AFTER_SECONDS
 from rbdfs.image.backend import OnRead
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OnSeek
@@ -117,39 +117,39 @@ async def test_a_read_of_the_page_cache_is_short_on_the_last_page_alone(
         setup.file.complete()
         if flags or is_whole:
             assert setup.kernel.answers[unique] == (0, setup.file.content[offset : offset + length])
-            assert setup.outdated == []
+            assert setup.invalidated == []
         else:
             assert setup.kernel.answers[unique] == (errno.EIO, b"")
-            assert setup.outdated == [7]
+            assert setup.invalidated == [7]
 
 
 @in_trio
 async def test_a_read_that_ends_before_the_end_that_the_kernel_knows_is_an_error() -> None:
     async with serving() as setup:
         setup.file.content = setup.file.content[:100_000]
-        setup.until_known = None
+        setup.seconds_until_end_known = None
         unique = setup.kernel.ask(Op.READ, reading(98_304, 4096), inode=7)
         await settled()
         setup.file.complete()
         assert setup.kernel.answers[unique] == (errno.EIO, b"")
-        assert setup.outdated == [7]
+        assert setup.invalidated == [7]
 
 
 @in_trio
 async def test_a_read_that_ends_where_the_kernel_has_just_been_told_is_answered_when_it_has_heard_it() -> None:
     async with serving() as setup:
         setup.file.content = setup.file.content[:100_000]
-        setup.until_known = 0.05
+        setup.seconds_until_end_known = 0.05
         unique = setup.kernel.ask(Op.READ, reading(98_304, 4096), inode=7)
         await settled()
         setup.file.complete()
-        setup.until_known = 0.0
+        setup.seconds_until_end_known = 0.0
         assert unique not in setup.kernel.answers
         with trio.fail_after(5):
             while unique not in setup.kernel.answers:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         assert setup.kernel.answers[unique] == (0, setup.file.content[98_304:100_000])
-        assert setup.outdated == []
+        assert setup.invalidated == []
 
 
 @in_trio
@@ -159,7 +159,7 @@ async def test_a_read_that_finds_the_file_shrunk_tells_so() -> None:
         await settled()
         setup.file.reads.pop().callback(BeyondEndError("shrunk", errno.EIO))
         assert setup.kernel.answers[unique] == (errno.EIO, b"")
-        assert setup.outdated == [7]
+        assert setup.invalidated == [7]
 
 
 @in_trio
@@ -311,7 +311,7 @@ async def test_an_interrupt_goes_no_further_and_its_read_is_answered() -> None:
 async def test_what_is_not_answered_in_time_times_out_and_a_late_answer_is_dropped() -> None:
     async with serving(answer_seconds=0.1) as setup:
         read, seek = setup.kernel.ask(Op.READ, reading(0, 10)), setup.kernel.ask(Op.LSEEK, seeking(0, os.SEEK_DATA))
-        await trio.sleep(0.1 + 2 * LOOK_SECONDS)
+        await trio.sleep(0.1 + 2 * CHECK_SECONDS)
         assert setup.kernel.answers == {read: (errno.ETIMEDOUT, b""), seek: (errno.ETIMEDOUT, b"")}
         again = setup.kernel.ask(Op.READ, reading(0, 10))  # by the kernel, page by page
         await settled()
@@ -329,7 +329,7 @@ async def test_what_waits_for_room_times_out_and_is_not_passed_on_but_releases_a
         await settled()
         passed = setup.pyfuse3.take()
         assert 0 < len(passed) < 2000
-        await trio.sleep(0.1 + 2 * LOOK_SECONDS)
+        await trio.sleep(0.1 + 2 * CHECK_SECONDS)
         assert len(setup.kernel.answers) == 2000 - len(passed)
         assert {error for error, _ in setup.kernel.answers.values()} == {errno.ETIMEDOUT}
         for request in passed:
@@ -350,7 +350,7 @@ async def test_what_the_page_cache_asked_for_in_vain_is_not_asked_for_again_at_o
         await settled()
         assert setup.kernel.answers == dict.fromkeys((failed, page), (errno.ETIMEDOUT, b""))
         assert len(setup.file.reads) == len((beside, direct, other))
-        await trio.sleep(AGAIN_SECONDS)
+        await trio.sleep(RETRY_AFTER_SECONDS)
         again = setup.kernel.ask(Op.READ, reading(8192, 4096))
         await settled()
         assert again not in setup.kernel.answers
@@ -364,7 +364,7 @@ async def test_a_read_whose_thread_was_killed_ends_at_once_or_when_that_is_seen(
     killed = set[int]()
     monkeypatch.setattr("rbdfs.fuse.pending.is_killed", killed.__contains__)
     ended = list[int]()
-    async with serving(end_request_of=ended.append) as setup:
+    async with serving(cancel_request_of=ended.append) as setup:
         read, unheard = setup.kernel.ask(Op.READ, reading(0, 10)), setup.kernel.ask(Op.READ, reading(10, 10))
         passed = setup.kernel.ask(Op.GETATTR)
         for unique in (read, passed):
@@ -372,16 +372,16 @@ async def test_a_read_whose_thread_was_killed_ends_at_once_or_when_that_is_seen(
         await settled()
         assert not setup.kernel.answers
         killed.add(THREAD)
-        await trio.sleep(LONG_SECONDS + 2 * LOOK_SECONDS)
+        await trio.sleep(KILL_CHECK_AFTER_SECONDS + 2 * CHECK_SECONDS)
         assert setup.kernel.answers == dict.fromkeys((read, unheard), (errno.EINTR, b""))
         assert set(ended) == {THREAD}
         before = len(ended)
-        await trio.sleep(2 * LOOK_SECONDS)
+        await trio.sleep(2 * CHECK_SECONDS)
         assert len(ended) > before  # pyfuse3 may not have begun with it
         setup.pyfuse3.reply(passed, error=errno.EINTR)
         await settled()
         before = len(ended)
-        await trio.sleep(2 * LOOK_SECONDS)
+        await trio.sleep(2 * CHECK_SECONDS)
         assert len(ended) == before
         at_once = setup.kernel.ask(Op.READ, reading(0, 10))
         setup.kernel.ask(Op.INTERRUPT, interrupting(at_once))

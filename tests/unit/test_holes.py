@@ -70,7 +70,7 @@ def test_ranks_count_what_is_not_known_to_be_hole_and_lead_back_to_it(
 def test_of_too_many_segments_only_what_was_learned_last_is_known(
     lessons: list[tuple[int, int, list[tuple[int, int]]]],
 ) -> None:
-    with mock.patch.object(holes_module, "SEGMENTS_AT_MOST", 6):
+    with mock.patch.object(holes_module, "SEGMENTS_MAX", 6):
         holes, model = taught(lessons)
     kinds = [holes.at(position).kind for position in range(SIZE)]
     assert all(kind in (known, Kind.UNKNOWN) for kind, known in zip(kinds, model, strict=True))

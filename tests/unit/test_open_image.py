@@ -338,7 +338,7 @@ async def test_hole_maps_of_closed_snapshots_are_bounded_all_together(monkeypatc
     cluster = Cluster(FakeBackend(bytearray(16 * 4096), object_size=4096, is_immutable=True))
     cluster.backend.content[::8192] = bytes([1]) * 8
     one_map = 16
-    monkeypatch.setattr(open_images, "KEPT_CLOSED_SEGMENTS", 2 * one_map)
+    monkeypatch.setattr(open_images, "CLOSED_SEGMENTS_MAX", 2 * one_map)
 
     async def open_and_close(key: str) -> int:
         """How often holes were asked for."""

@@ -11,9 +11,9 @@ import trio.testing
 
 from rbdfs.catalog import Catalog, ImageRef, ImageStat, Namespace, Pool
 from rbdfs.fuse.nodes import Node, image_file
-from rbdfs.fuse.operations import ENTRY_SECONDS, LISTED_AT_ONCE, LISTING_SECONDS, Operations, Presentation
-from rbdfs.fuse.pending import AGAIN_SECONDS
-from rbdfs.fuse.tree import DirEntry, Facts, Tree
+from rbdfs.fuse.operations import ENTRY_SECONDS, LISTED_AT_ONCE, LISTING_SECONDS, FileAttributes, Operations
+from rbdfs.fuse.pending import RETRY_AFTER_SECONDS
+from rbdfs.fuse.tree import DirEntry, Stat, Tree
 from rbdfs.fuse.trouble_log import TroubleLog
 from rbdfs.fuse.troubles import Troubles
 from rbdfs.image.open_image import OpenImage
@@ -45,7 +45,7 @@ class SlowTree:
         """All of them."""
         return ENTRIES
 
-    async def facts_of_all(self, nodes: Iterable[Node]) -> Mapping[int, Facts | None]:
+    async def stat_all(self, nodes: Iterable[Node]) -> Mapping[int, Stat | None]:
         """Each has a byte."""
         inodes = [node.inode for node in nodes]
         self.asked.append(len(inodes))
@@ -67,9 +67,9 @@ def list_slowly(monkeypatch: pytest.MonkeyPatch, seconds: float, a_reply: float 
         return True
 
     async def read_all() -> None:
-        presentation = Presentation(uid=0, gid=0, umask=0, direct_io=False)
+        attributes = FileAttributes(uid=0, gid=0, umask=0, direct_io=False)
         unused = cast(Catalog, None), cast(OpenImages, None), cast(Any, None)
-        operations = Operations(cast(Tree, tree), *unused, presentation, TroubleLog(Troubles(), lambda _inode: None))
+        operations = Operations(cast(Tree, tree), *unused, attributes, TroubleLog(Troubles(), lambda _inode: None))
         handle = await operations.opendir(1, cast(Any, None))
         while len(valid) < len(ENTRIES):
             limit[0] = len(valid) + A_REPLY
@@ -116,7 +116,7 @@ async def test_each_file_is_closed_though_the_cluster_did_not_answer_for_the_one
     images = SlowImages()
     troubles = TroubleLog(Troubles(), lambda _inode: None)
     unused = cast(Tree, None), cast(Catalog, None), images, cast(Any, None)
-    operations = Operations(*unused, Presentation(uid=0, gid=0, umask=0, direct_io=False), troubles, 0.05)
+    operations = Operations(*unused, FileAttributes(uid=0, gid=0, umask=0, direct_io=False), troubles, 0.05)
     files = {handle: cast(OpenImage, object()) for handle in range(1, 4)}
     operations.files |= files
     for handle in files:
@@ -138,9 +138,9 @@ async def test_a_question_that_was_not_answered_in_time_is_not_asked_again_for_a
 
     unused = cast(Tree, None), cast(Catalog, Silent()), cast(OpenImages, None), cast(Any, None)
     troubles = TroubleLog(Troubles(), lambda _inode: None)
-    operations = Operations(*unused, Presentation(uid=0, gid=0, umask=0, direct_io=False), troubles, 0.05)
+    operations = Operations(*unused, FileAttributes(uid=0, gid=0, umask=0, direct_io=False), troubles, 0.05)
     context = pyfuse3.RequestContext()
-    for wait in (0.0, 0.0, AGAIN_SECONDS):
+    for wait in (0.0, 0.0, RETRY_AFTER_SECONDS):
         await trio.sleep(wait)
         with pytest.raises(pyfuse3.FUSEError) as raised:
             await operations.statfs(context)

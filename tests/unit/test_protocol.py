@@ -146,7 +146,7 @@ def test_a_reply_has_the_kernels_header(error: int, unique: int) -> None:
 def test_a_forget_is_whole_or_nothing(inode: int, lookups: int, rest: bytes, length: int) -> None:
     request = message(protocol.FORGET, 2, forgetting(lookups), inode)
     expected = [(inode, lookups)] if length == len(request) else []
-    assert list(protocol.forgotten(protocol.FORGET, inode, request + rest, length)) == expected
+    assert list(protocol.parse_forget(protocol.FORGET, inode, request + rest, length)) == expected
 
 
 @given(LOOKUPS, st.data(), REST)
@@ -156,14 +156,14 @@ def test_of_a_batch_that_is_cut_off_what_is_whole_is_forgotten(
     request = message(protocol.BATCH_FORGET, 2, forgetting_all(lookups), inode=0)
     length = data.draw(st.integers(0, len(request)))
     whole = max(0, length - IN_HEADER.size - 8) // 16
-    assert list(protocol.forgotten(protocol.BATCH_FORGET, 0, request + rest, length)) == lookups[:whole]
+    assert list(protocol.parse_forget(protocol.BATCH_FORGET, 0, request + rest, length)) == lookups[:whole]
 
 
 @given(LOOKUPS, U32)
 def test_a_batch_holds_no_more_than_it_says_and_no_more_than_it_has(lookups: list[tuple[int, int]], count: int) -> None:
     request = bytearray(message(protocol.BATCH_FORGET, 2, forgetting_all(lookups), inode=0))
     struct.pack_into("=I", request, IN_HEADER.size, count)
-    assert list(protocol.forgotten(protocol.BATCH_FORGET, 0, request, len(request))) == lookups[:count]
+    assert list(protocol.parse_forget(protocol.BATCH_FORGET, 0, request, len(request))) == lookups[:count]
 
 
 def reading(size: int) -> bytes:
@@ -229,7 +229,7 @@ def test_old_attributes_are_told_in_the_words_of_fuse_h() -> None:
     assert re.search(rf"FUSE_NOTIFY_INVAL_INODE = {protocol.NOTIFY_INVAL_INODE},", FUSE_H.read_text())
     header = struct_bytes("fuse_out_header", len=40, error=protocol.NOTIFY_INVAL_INODE)
     body = struct_bytes("fuse_notify_inval_inode_out", ino=7, off=-1)
-    assert protocol.attributes_are_old(7) == header + body
+    assert protocol.invalidate_attributes(7) == header + body
 
 
 @given(st.binary(max_size=120))

@@ -6,7 +6,7 @@ import pytest
 
 from rbdfs.errors import ReadError
 from rbdfs.fuse.protocol import GETXATTR, LSEEK, READ
-from rbdfs.fuse.requests import SECONDS, Requests
+from rbdfs.fuse.requests import BUCKET_SECONDS, Requests
 from tests.fake_kernel import THREAD, Op, Setup, forgetting, interrupting, reading, seeking, serving, settled
 from tests.in_trio import in_trio
 
@@ -98,15 +98,15 @@ async def test_a_read_whose_answer_is_not_taken_waits_no_more(error: int) -> Non
 
 def test_each_duration_is_in_its_bucket_and_a_second_end_is_none() -> None:
     requests = Requests()
-    for unique, seconds in enumerate((0.0, *SECONDS, 1000.0)):
+    for unique, seconds in enumerate((0.0, *BUCKET_SECONDS, 1000.0)):
         requests.waiting[unique] = (50.0, READ, 1, 0, 2, 0)
         for _ in range(2):
             requests.end(unique, 0, 50.0 + seconds)
     buckets = requests.latency[READ].buckets
-    assert sum(buckets) == len(SECONDS) + 2
+    assert sum(buckets) == len(BUCKET_SECONDS) + 2
     assert buckets[0] >= 1
     assert buckets[-1] == 1
-    assert requests.latency[READ].seconds == pytest.approx(sum(SECONDS) + 1000.0)
+    assert requests.latency[READ].seconds == pytest.approx(sum(BUCKET_SECONDS) + 1000.0)
 
 
 def test_the_oldest_come_first() -> None:

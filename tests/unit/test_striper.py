@@ -57,7 +57,7 @@ def test_without_striping_an_extent_ends_only_at_objects() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "transfer"),
+    ("layout", "fetch_bytes"),
     [
         (Layout.of_objects(4 << 20), 4 << 20),
         (Layout.of_objects(32 << 20), 4 << 20),
@@ -67,8 +67,8 @@ def test_without_striping_an_extent_ends_only_at_objects() -> None:
         (Layout(4 << 20, 2 << 20, 4), 2 << 20),
     ],
 )
-def test_a_transfer_is_of_whole_objects_or_stripes_and_at_most_4_mib(layout: Layout, transfer: int) -> None:
-    assert layout.transfer == transfer
+def test_a_fetch_is_of_whole_objects_or_stripes_and_at_most_4_mib(layout: Layout, fetch_bytes: int) -> None:
+    assert layout.fetch_bytes == fetch_bytes
 
 
 def test_what_is_no_layout_is_refused() -> None:

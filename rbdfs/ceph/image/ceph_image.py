@@ -137,13 +137,13 @@ class CephImage(ReopeningImage):
             self.revalidator.mark_stale(error)
             raise
 
-    async def refresh(self) -> int:
+    async def refresh_size(self) -> int:
         state = await self.ask()
         if state.size != self.size or not self.state.opens_as(state):
             await self.reopen(state)  # librbd clips reads to the size that it knows
         return self.size
 
-    async def bring_up_to_date(self) -> None:
+    async def revalidate(self) -> None:
         self.raise_if_stale()
         with self.gone_is_stale():
             state, others = await by_the_newest(self.current, lambda _: self.ask_all(self.opened))

@@ -85,7 +85,7 @@ class Changes:
     async def confirm(self) -> None:
         """Raise RbdfsError unless all snapshots are still what they were when their objects were asked."""
         for image, _ in self._later:
-            await image.refresh()
+            await image.refresh_size()
         await self._since.confirm()
 
 

@@ -65,7 +65,7 @@ class ImageDiff:
 
     async def _confirm(self) -> None:
         """Raise RbdfsError unless image and snapshots are still what they were when their objects were asked."""
-        size = await self._image.refresh()
+        size = await self._image.refresh_size()
         if size < self._size:
             raise StaleError(f"the image was shrunk from {self._size} to {size} bytes during the comparison")
         if self._since is not None:
