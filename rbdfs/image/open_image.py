@@ -12,6 +12,7 @@ import trio
 from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.backend import ImageBackend, OnRead, ReadResult
 from rbdfs.image.cache import CachedImage, ObjectCache
+from rbdfs.image.extents import assume_data, learn_window
 from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.readahead import STALL_SECONDS, Readahead
 
@@ -206,7 +207,7 @@ class OpenImage:
             window = await backend.extents_window()
             if window * (WINDOWS_OF_A_MAP if backend.has_map else 1) >= holes.size:
                 for position in range(0, holes.size, window):
-                    await self._learn(backend, position)
+                    await self._learn(position)
         except RbdfsError as error:
             log.info("holes are read like data: %s", error)
 
@@ -231,7 +232,7 @@ class OpenImage:
             if size != self._holes.size:
                 self._holes = HoleMap(size)
             while size == backend.size and (segment := self._holes.find(offset, kind)) and segment.kind is not kind:
-                await self._learn(backend, max(offset, segment.start))
+                await self._learn(max(offset, segment.start))
             if size == backend.size and segment is not None:
                 callback(max(offset, segment.start))
                 return
@@ -239,25 +240,21 @@ class OpenImage:
                 await backend.refresh_size()
         callback(size if kind is Kind.HOLE and offset < size else None)
 
-    async def _learn(self, backend: ImageBackend, position: int) -> None:
+    async def _learn(self, position: int) -> None:
         """Ask what the window around `position` holds. What was learned belongs to this open() alone.
 
         What the cluster refuses to say is data. Raises RbdfsError (ETIMEDOUT) if it does not answer. Learns nothing if
         others have shrunk the image: then the backend has the new size.
         """
-        holes = self._holes
+        backend, holes = self._state.backend, self._holes
         try:
-            window = await backend.extents_window()
-            start = position - position % window
-            end = min(start + window, holes.size)
-            holes.learn(start, end, await backend.extents(start, end - start))
+            await learn_window(holes, backend, position)
         except RbdfsError as error:
             if isinstance(error, BeyondEndError) and await backend.refresh_size() != holes.size:
                 return
             if error.errno == errno.ETIMEDOUT:
                 raise  # the next seek may have an answer
-            log.warning("from %d on, holes are read like data: %s", position, error)
-            holes.learn(position, holes.size, [(position, holes.size - position)])
+            assume_data(holes, position, error)
 
     async def flush(self) -> None:
         """What close() is told: raises StaleError if a read found the image gone, or if it is gone now."""
