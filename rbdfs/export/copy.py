@@ -4,7 +4,6 @@ It reads from the `ImageBackend` itself, as the object cache does, and not throu
 once, so all that the cache could do is to hold memory and copy.
 """
 
-import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -17,12 +16,11 @@ import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.backend import Buffer, ImageBackend, ReadResult
+from rbdfs.image.extents import assume_data, learn_window
 from rbdfs.image.holes import HoleMap, Kind, Segment
 from rbdfs.image.striper import MIB, Layout
 from rbdfs.image.throttle import Throttle
 from rbdfs.threads import run_in_thread
-
-log = logging.getLogger(__name__)
 
 WRITES_AT_ONCE = 3
 """Writes to a target that takes them in any order; more did not make a disk faster."""
@@ -209,21 +207,23 @@ class Copy:
         holes = HoleMap(self.size)
         changes = self._changes
         try:
-            window = await self._source.extents_window() if changes is None else changes.window
-            end = min(position - position % window + window, self.size)
-            ranges = [(position, end)] if changes is None else await changes.within(position, end - position)
-            if ranges:
-                start, stop = ranges[0][0], ranges[-1][1]
-                holes.learn(start, stop, await self._source.extents(start, stop - start))
+            if changes is None:
+                end = await learn_window(holes, self._source, position)
+                ranges = [(position, end)]
+            else:
+                end = min(position - position % changes.window + changes.window, self.size)
+                ranges = await changes.within(position, end - position)
+                if ranges:
+                    start, stop = ranges[0][0], ranges[-1][1]
+                    holes.learn(start, stop, await self._source.extents(start, stop - start))
         except (BeyondEndError, StaleError):
             raise
         except RbdfsError as error:
             if changes is not None:
                 raise  # it is sooner asked again than read whole
-            log.warning("from %d on, holes are read like data: %s", position, error)
             end = self.size
             ranges = [(position, end)]
-            holes.learn(position, end, [(position, end - position)])
+            assume_data(holes, position, error)
         return end, [part for start, stop in ranges for part in holes.between(start, stop)]
 
     async def _start_all(
