@@ -77,8 +77,8 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from rbdfs.commands.mount import MountOptions, mount  # noqa: PLC0415  (needs pyfuse3, trio, rados and rbd)
     from rbdfs.errors import NOTICE  # noqa: PLC0415
+    from rbdfs.fuse.attributes import FileAttributes  # noqa: PLC0415
     from rbdfs.fuse.mount_options import parse_options  # noqa: PLC0415
-    from rbdfs.fuse.operations import FileAttributes  # noqa: PLC0415
 
     fuse_options = _take_mount_options(parser, options)
     verbosity = logging.DEBUG if options.debug else logging.INFO if options.verbose else NOTICE

@@ -25,9 +25,10 @@ from rbdfs.commands.shutdown import exit_at_the_latest
 from rbdfs.commands.status_server import listen_for_status, serve_status
 from rbdfs.commands.systemd import ServiceManager, keep_informed
 from rbdfs.errors import MountError, RbdfsError
+from rbdfs.fuse.attributes import FileAttributes
 from rbdfs.fuse.mount_options import FuseOptions
 from rbdfs.fuse.mounting import check_mountpoint
-from rbdfs.fuse.operations import FileAttributes, Operations
+from rbdfs.fuse.operations import Operations
 from rbdfs.fuse.session import Session, ask, mounted, serve
 from rbdfs.fuse.tree import Tree
 from rbdfs.fuse.trouble_log import TroubleLog

@@ -52,14 +52,14 @@ def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> I
             mount.device,
             operations.files,
             operations.forget_inodes,
-            operations.invalidate,
-            operations.seconds_until_end_known,
+            operations.attributes.invalidate,
+            operations.attributes.seconds_until_end_known,
             operations.troubles,
-            direct_io=operations.attributes.direct_io,
-            answer_seconds=operations.answer_seconds,
-            cancel_request_of=operations.cancel_request_of,
+            direct_io=operations.direct_io,
+            answer_seconds=operations.guard.answer_seconds,
+            cancel_request_of=operations.guard.cancel_request_of,
         )
-        operations.notify = device.notify
+        operations.attributes.notify = device.notify
         try:
             pyfuse3.init(operations, device.mountpoint_for_pyfuse3, set())
             try:

@@ -7,7 +7,7 @@
 
 The kernel names a file by its inode once it has looked it up, until it forgets it (lookup counts); this keeps what
 the inode stands for meanwhile. Names are looked up in the cluster each time: what others rename, make or remove shows
-as soon as the kernel asks again (`operations.ENTRY_SECONDS`).
+as soon as the kernel asks again (`attributes.ENTRY_SECONDS`).
 """
 
 import errno

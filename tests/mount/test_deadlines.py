@@ -16,7 +16,7 @@ from subprocess import PIPE
 import pytest
 import rbd
 
-from rbdfs.fuse.operations import ENTRY_SECONDS
+from rbdfs.fuse.attributes import ENTRY_SECONDS
 from tests.cluster import MIB, Ceph, Mount, random_bytes, running_ceph, wait_until
 from tests.mount.test_device import opened, read_direct, waits_for_a_mount
 

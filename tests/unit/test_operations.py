@@ -10,8 +10,10 @@ import trio
 import trio.testing
 
 from rbdfs.catalog import Catalog, ImageRef, ImageStat, Namespace, Pool
+from rbdfs.fuse.attributes import ENTRY_SECONDS, FileAttributes
+from rbdfs.fuse.listing import LISTED_AT_ONCE, LISTING_SECONDS
 from rbdfs.fuse.nodes import Node, image_file
-from rbdfs.fuse.operations import ENTRY_SECONDS, LISTED_AT_ONCE, LISTING_SECONDS, FileAttributes, Operations
+from rbdfs.fuse.operations import Operations
 from rbdfs.fuse.pending import RETRY_AFTER_SECONDS
 from rbdfs.fuse.tree import DirEntry, Stat, Tree
 from rbdfs.fuse.trouble_log import TroubleLog
