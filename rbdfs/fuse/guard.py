@@ -11,7 +11,7 @@ import pyfuse3
 import trio
 
 from rbdfs.errors import RbdfsError
-from rbdfs.fuse.pending import RecentTimeouts
+from rbdfs.fuse.timeouts import RecentTimeouts
 from rbdfs.fuse.trouble_log import TroubleLog
 
 log = logging.getLogger(__name__)

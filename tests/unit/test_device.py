@@ -12,9 +12,9 @@ import trio
 import trio.testing
 
 from rbdfs.errors import BeyondEndError, ReadError, StaleError
-from rbdfs.fuse import device as device_module
-from rbdfs.fuse.device import CHECK_SECONDS
-from rbdfs.fuse.pending import KILL_CHECK_AFTER_SECONDS, RETRY_AFTER_SECONDS
+from rbdfs.fuse import relay
+from rbdfs.fuse.deadlines import CHECK_SECONDS, KILL_CHECK_AFTER_SECONDS
+from rbdfs.fuse.timeouts import RETRY_AFTER_SECONDS
 from rbdfs.image.backend import OnRead
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OnSeek
@@ -362,7 +362,7 @@ async def test_a_read_whose_thread_was_killed_ends_at_once_or_when_that_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     killed = set[int]()
-    monkeypatch.setattr("rbdfs.fuse.pending.is_killed", killed.__contains__)
+    monkeypatch.setattr("rbdfs.fuse.deadlines.is_killed", killed.__contains__)
     ended = list[int]()
     async with serving(cancel_request_of=ended.append) as setup:
         read, unheard = setup.kernel.ask(Op.READ, reading(0, 10)), setup.kernel.ask(Op.READ, reading(10, 10))
@@ -510,7 +510,7 @@ async def test_the_mount_is_usable_once_the_amended_reply_to_init_is_with_the_ke
         assert not setup.device.initialized.is_set()
         setup.pyfuse3.reply(unique, init_reply(12, 9, 1 << 20))
         await setup.device.initialized.wait()
-        limits = device_module.LIMITS
+        limits = relay.LIMITS
         assert limits.congestion_threshold < limits.max_background
         assert setup.kernel.answers == {unique: (0, init_reply(*limits, INIT_FLAGS | PARALLEL_DIROPS))}
 

@@ -14,7 +14,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbdfs.fuse import device as device_module
+from rbdfs.fuse import relay
 from tests.fake_kernel import (
     Answer,
     Op,
@@ -37,7 +37,7 @@ KIB = 1024
 def socket_of(nbytes: int = 212_992) -> Iterator[None]:
     """A socket with a buffer of that size (the kernel takes it twice), as by net.core.wmem_max for a user without root:
     by default the kernel's default."""
-    with mock.patch.multiple(device_module, _SO_SNDBUFFORCE=-1, SOCKET_BYTES=nbytes):
+    with mock.patch.multiple(relay, _SO_SNDBUFFORCE=-1, SOCKET_BYTES=nbytes):
         yield
 
 

@@ -14,7 +14,7 @@ from rbdfs.fuse.attributes import ENTRY_SECONDS, FileAttributes
 from rbdfs.fuse.listing import LISTED_AT_ONCE, LISTING_SECONDS
 from rbdfs.fuse.nodes import Node, image_file
 from rbdfs.fuse.operations import Operations
-from rbdfs.fuse.pending import RETRY_AFTER_SECONDS
+from rbdfs.fuse.timeouts import RETRY_AFTER_SECONDS
 from rbdfs.fuse.tree import DirEntry, Stat, Tree
 from rbdfs.fuse.trouble_log import TroubleLog
 from rbdfs.fuse.troubles import Troubles
