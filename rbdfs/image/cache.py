@@ -14,11 +14,12 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 from rbdfs.errors import RbdfsError
-from rbdfs.image.backend import Buffer, ImageBackend, OnRead, ReadResult
-from rbdfs.image.striper import Layout, file_to_extents
+from rbdfs.image.backend import OnRead, ReadResult
+from rbdfs.image.cached_image import BEYOND_ANY_OFFSET, CachedImage, Fetch, Part
+from rbdfs.image.gather import Gather
+from rbdfs.image.striper import file_to_extents
 from rbdfs.image.throttle import Throttle, Total
 
 log = logging.getLogger(__name__)
@@ -29,57 +30,6 @@ costs the OSD nothing more. It bounds what a random read fetches: the request an
 
 COPIES_IN_FLIGHT = 2
 """What is in flight is in memory twice: librados receives it into buffers of its own, librbd copies it into ours."""
-
-_BEYOND_ANY_OFFSET = 1 << 63
-
-
-class Fetch:
-    """One aio: queued, in flight or complete. The unit of single flight, of the LRU and of the budget."""
-
-    __slots__ = ("data", "image", "is_readahead", "length", "listed", "objects", "offset", "waiters")
-
-    def __init__(self, image: "CachedImage", offset: int, length: int, *, is_readahead: bool = False) -> None:
-        self.image = image
-        self.offset = offset
-        self.length = length
-        self.objects: tuple[int, ...] | list[int] = ()
-        self.listed = False
-        self.is_readahead = is_readahead
-        """Whether it was read ahead, and nobody has read of it yet."""
-        self.data: Buffer | None = None
-        self.waiters: list[tuple[OnRead, int, int]] = []
-        """Who is to get which part of the data: callback, start, end."""
-
-
-Piece = tuple[int, int, Fetch, int]
-"""The bytes [start, end) of an object are in a fetch, from an offset in its data on: (start, end, fetch, offset)."""
-
-
-class Part(NamedTuple):
-    """The bytes [start, end) of a fetch's data."""
-
-    fetch: Fetch
-    start: int
-    end: int
-
-
-class CachedImage:
-    """What the cache has of one image as it was at one time: object number → its pieces, in order, never overlapping.
-
-    A HEAD that may have been written since gets a new one, so that nothing of the old can answer (close-to-open).
-    """
-
-    __slots__ = ("backend", "layout", "objects", "throttle")
-
-    def __init__(self, backend: ImageBackend, layout: Layout, throttle: Throttle) -> None:
-        self.backend = backend
-        self.layout = layout
-        self.throttle = throttle
-        self.objects: dict[int, list[Piece]] = {}
-
-    def fetches(self) -> set[Fetch]:
-        """All that was asked for and is not evicted."""
-        return {fetch for pieces in self.objects.values() for _, _, fetch, _ in pieces}
 
 
 @dataclass(slots=True)
@@ -150,8 +100,8 @@ class ObjectCache:
         object_no, position = divmod(offset, layout.object_size)
         if layout.is_striped:
             parts = self._cached_parts(image, offset, length)
-        elif pieces := image.objects.get(object_no):
-            start, end, fetch, fetch_offset = pieces[bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1]
+        elif cached := image.objects.get(object_no):
+            start, end, fetch, fetch_offset = cached[bisect_right(cached, (position, BEYOND_ANY_OFFSET)) - 1]
             if start <= position and position + length <= end:  # as most reads that hit: one piece
                 self.counts.hits += 1
                 if fetch.is_readahead:
@@ -179,7 +129,7 @@ class ObjectCache:
         """Answer from fetches, as soon as all of them are complete."""
         if len(parts) > 1:
             self.counts.copied_bytes += sum(end - start for _, start, end in parts)
-            callbacks = _Gathering(len(parts), callback).callbacks
+            callbacks = Gather(len(parts), callback).callbacks
         else:
             callbacks = [callback]
         for (fetch, start, end), each in zip(parts, callbacks, strict=True):
@@ -191,7 +141,7 @@ class ObjectCache:
     def prefetch(self, image: CachedImage, offset: int, length: int) -> None:
         """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
         if length <= self._largest_fetch:
-            for start, end in _missing(image, offset, length):
+            for start, end in image.missing(offset, length):
                 self._submit(Fetch(image, start, end - start, is_readahead=True), urgent=False)
                 self.counts.ahead_bytes += end - start
 
@@ -205,25 +155,25 @@ class ObjectCache:
         is closed."""
         for fetch in image.fetches():
             if fetch.data is None and not fetch.waiters and image.throttle.cancel(fetch):
-                self._unlist(fetch)
+                self._drop(fetch)
 
     def forget(self, image: CachedImage) -> None:
         """Keep nothing of an image. Who waits for a fetch of it still gets the bytes."""
         self.cancel(image)
         for fetch in image.fetches():
-            self._unlist(fetch)
+            self._drop(fetch)
 
     def _cached_parts(self, image: CachedImage, offset: int, length: int) -> list[Part] | None:
         """The fetches that have a range, each with the part to take; None if a byte of it is not asked for yet."""
         parts = []
         for extent in file_to_extents(image.layout, offset, length):
             position, end = extent.offset, extent.offset + extent.length
-            pieces = image.objects.get(extent.object_no, [])
-            index = bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1
+            cached = image.objects.get(extent.object_no, [])
+            index = bisect_right(cached, (position, BEYOND_ANY_OFFSET)) - 1
             while position < end:
-                if not 0 <= index < len(pieces) or not pieces[index][0] <= position < pieces[index][1]:
+                if not 0 <= index < len(cached) or not cached[index][0] <= position < cached[index][1]:
                     return None
-                start, piece_end, fetch, fetch_offset = pieces[index]
+                start, piece_end, fetch, fetch_offset = cached[index]
                 part_end = min(end, piece_end)
                 if fetch.is_readahead:
                     self._count_use(fetch)
@@ -250,7 +200,7 @@ class ObjectCache:
         ):
             gaps = [(start, end)]  # inside one object, of which nothing is cached
         else:
-            gaps = _missing(image, start, end - start)
+            gaps = image.missing(start, end - start)
         if gaps == [(start, end)]:
             fetch = Fetch(image, start, end - start)
             fetch.waiters.append((callback, offset - start, offset - start + length))
@@ -266,15 +216,15 @@ class ObjectCache:
 
     def _submit(self, fetch: Fetch, *, urgent: bool) -> None:
         """Ask for bytes of which none is listed, and list them: others find them."""
-        fetch.listed = True
         image, offset, length = fetch.image, fetch.offset, fetch.length
         layout = image.layout
         object_no, position = divmod(offset, layout.object_size)
         if not layout.is_striped and position + length <= layout.object_size and object_no not in image.objects:
+            fetch.is_indexed = True
             image.objects[object_no] = [(position, position + length, fetch, 0)]
             fetch.objects = (object_no,)
         else:
-            self._list(fetch)
+            image.add(fetch)
         image.throttle.submit(fetch, length, self._start, urgent=urgent)
 
     def _start(self, fetch: Fetch) -> None:
@@ -308,17 +258,17 @@ class ObjectCache:
         # when only those in flight were counted, 310 to 390 so.)
         room = self.budget_bytes - self.in_flight.bytes - self.in_flight.peak_bytes
         while self._complete and self._complete_bytes > room:
-            self._unlist(next(iter(self._complete)))
+            self._drop(next(iter(self._complete)))
             self.counts.evictions += 1
 
     def _finish(self, fetch: Fetch, result: ReadResult) -> None:
         """A fetch has ended: tell all who wait, whatever one of them does."""
         waiters, fetch.waiters = fetch.waiters, []
         if isinstance(result, RbdfsError):
-            self._unlist(fetch)
+            self._drop(fetch)
         else:
             fetch.data = result
-            if fetch.listed:
+            if fetch.is_indexed:
                 self._complete[fetch] = None
                 self._complete_bytes += fetch.length
             elif fetch.is_readahead:
@@ -330,22 +280,11 @@ class ObjectCache:
                 log.exception("a read could not be answered")
         fetch.image.throttle.done(fetch.length)
 
-    def _list(self, fetch: Fetch) -> None:
-        objects = fetch.objects = []
-        for extent in file_to_extents(fetch.image.layout, fetch.offset, fetch.length):
-            pieces = fetch.image.objects.setdefault(extent.object_no, [])
-            start, end = extent.offset, extent.offset + extent.length
-            pieces.insert(bisect_right(pieces, (start, end)), (start, end, fetch, extent.image_offset - fetch.offset))
-            objects.append(extent.object_no)
-
-    def _unlist(self, fetch: Fetch) -> None:
-        if not fetch.listed:
+    def _drop(self, fetch: Fetch) -> None:
+        """Readers do not find a fetch any more."""
+        if not fetch.is_indexed:
             return
-        fetch.listed = False
-        for object_no in set(fetch.objects):
-            pieces = fetch.image.objects.pop(object_no, [])
-            if left := [piece for piece in pieces if piece[2] is not fetch]:
-                fetch.image.objects[object_no] = left
+        fetch.image.remove(fetch)
         if fetch in self._complete:
             del self._complete[fetch]
             self._complete_bytes -= fetch.length
@@ -353,58 +292,7 @@ class ObjectCache:
                 self.counts.ahead_wasted_bytes += fetch.length
 
 
-class _Gathering:
-    """A read whose bytes come from several fetches: its callback is called when all are there, or with an error."""
-
-    def __init__(self, count: int, callback: OnRead) -> None:
-        self._missing = count
-        self._results: list[ReadResult] = [b""] * count
-        self._callback = callback
-        self.callbacks: list[OnRead] = [partial(self._arrived, number) for number in range(count)]
-
-    def _arrived(self, number: int, result: ReadResult) -> None:
-        self._results[number] = result
-        self._missing -= 1
-        if self._missing:
-            return
-        data: list[Buffer] = []
-        for each in self._results:
-            if isinstance(each, RbdfsError):
-                self._callback(each)
-                return
-            data.append(each)
-        self._callback(b"".join(data))
-
-
 def _unexpected(error: Exception) -> RbdfsError:
     """For who waits, of a read that could not even be started."""
     log.error("a read could not be started", exc_info=error)
     return RbdfsError(f"unexpected {type(error).__name__}: {error}")
-
-
-def _missing(image: CachedImage, offset: int, length: int) -> list[tuple[int, int]]:
-    """The image ranges [start, end) that nobody has asked for yet; ranges that touch come as one."""
-    missing = []
-    missing_from = missing_to = offset
-    for extent in file_to_extents(image.layout, offset, length):
-        to_image = extent.image_offset - extent.offset
-        extent_end = extent.offset + extent.length
-        position = extent.offset
-        pieces = image.objects.get(extent.object_no, [])
-        first = max(0, bisect_right(pieces, (position, _BEYOND_ANY_OFFSET)) - 1)
-        for start, end, _, _ in pieces[first:]:
-            if start >= extent_end:
-                break
-            if end <= position:
-                continue
-            if position < start:
-                missing_to = start + to_image
-            if missing_from < missing_to:
-                missing.append((missing_from, missing_to))
-            position = end
-            missing_from = missing_to = position + to_image
-        if position < extent_end:
-            missing_to = extent_end + to_image
-    if missing_from < missing_to:
-        missing.append((missing_from, missing_to))
-    return missing

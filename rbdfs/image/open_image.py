@@ -11,7 +11,8 @@ import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
 from rbdfs.image.backend import ImageBackend, OnRead, ReadResult
-from rbdfs.image.cache import CachedImage, ObjectCache
+from rbdfs.image.cache import ObjectCache
+from rbdfs.image.cached_image import CachedImage
 from rbdfs.image.extents import assume_data, learn_window
 from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.readahead import STALL_SECONDS, Readahead

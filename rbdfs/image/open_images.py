@@ -7,7 +7,8 @@ import trio
 
 from rbdfs.errors import StaleError
 from rbdfs.image.backend import ImageBackend, OpenBackend
-from rbdfs.image.cache import CachedImage, ObjectCache
+from rbdfs.image.cache import ObjectCache
+from rbdfs.image.cached_image import CachedImage
 from rbdfs.image.holes import SEGMENTS_MAX, HoleMap
 from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.striper import Layout

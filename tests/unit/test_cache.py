@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbdfs.errors import ReadError
-from rbdfs.image.cache import MISS_ALIGNMENT, CachedImage, ObjectCache
+from rbdfs.image.cache import MISS_ALIGNMENT, ObjectCache
+from rbdfs.image.cached_image import CachedImage
 from rbdfs.image.striper import Layout
 from tests.fake_backend import FakeBackend
 from tests.in_trio import answer, in_trio

@@ -11,7 +11,8 @@ from rbdfs.catalog import ImageRef, Namespace, Pool
 from rbdfs.ceph.bindings.aio import Portal
 from rbdfs.errors import RbdfsError, StaleError
 from rbdfs.image.backend import OnRead, ReadResult
-from rbdfs.image.cache import CachedImage, ObjectCache
+from rbdfs.image.cache import ObjectCache
+from rbdfs.image.cached_image import CachedImage
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.striper import Layout
