@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 from rbdfs.commands.status_channel import name_of, peer_of
 from rbdfs.commands.units import in_time, in_units
 from rbdfs.errors import MountError
-from rbdfs.fuse.mounting import TYPE, MountInfo, mount_id, mountinfo, printable
+from rbdfs.fuse.mountinfo import MountInfo, mount_id, mountinfo
+from rbdfs.fuse.mounting import TYPE, printable
 
 ANSWER_SECONDS: Final = 2.0
 """How long a mount may take to answer; it needs milliseconds."""

@@ -9,14 +9,13 @@ import select
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import NamedTuple
 
 from rbdfs.errors import MountError
 from rbdfs.fuse.mount_options import FLAGS, FUSERMOUNT3_FLAGS, LABELS, OPPOSITES, FuseOptions
+from rbdfs.fuse.mountinfo import MountInfo, mounted_on, mountinfo
 
 log = logging.getLogger(__name__)
 
@@ -83,17 +82,6 @@ def check_mountpoint(mountpoint: Path) -> None:
         raise MountError(f"{shown} is not a directory", errno.ENOTDIR)
     if found is not None and found.type == TYPE:
         raise MountError(f"{shown} is an rbdfs mount already; end it with: {free}", errno.EBUSY)
-
-
-class MountInfo(NamedTuple):
-    """A line of /proc/self/mountinfo."""
-
-    id: int
-    device_number: tuple[int, int]
-    path: bytes
-    type: str
-    owner: int | None
-    """Of FUSE, the user who has mounted it."""
 
 
 class Mount:
@@ -283,33 +271,6 @@ def _is_disconnected(device: int) -> bool:
     poll = select.poll()
     poll.register(device, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def mounted_on(path: Path) -> MountInfo | None:
-    """What is mounted on exactly this absolute path, on top; no request is sent to it. Raises OSError."""
-    number = mount_id(path, os.O_NOFOLLOW)
-    return next((entry for entry in mountinfo() if (entry.id, entry.path) == (number, os.fsencode(path))), None)
-
-
-def mount_id(path: Path, flags: int = 0) -> int:
-    """The number of the mount that a path is in, whose root is not asked. `flags` are open(2)'s. Raises OSError."""
-    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
-    try:
-        return int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().partition("mnt_id:")[2].split()[0])
-    finally:
-        os.close(descriptor)
-
-
-def mountinfo() -> Iterator[MountInfo]:
-    """This process's mounts, see proc(5): 36 35 98:0 /root /mount\\040point options tags... - type source options."""
-    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
-        fields = line.split(b" ")
-        major, minor = fields[2].split(b":")
-        path = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4])
-        kind, *_, options = fields[fields.index(b"-", 6) + 1 :]
-        owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
-        owned_by = int(owner[1]) if owner else None
-        yield MountInfo(int(fields[0]), (int(major), int(minor)), path, os.fsdecode(kind), owned_by)
 
 
 def printable(text: object) -> str:

@@ -19,7 +19,8 @@ from rbdfs.commands.status import ANSWER_SECONDS, Found, StatusOptions, _answer_
 from rbdfs.commands.status_channel import name_of
 from rbdfs.commands.units import in_time
 from rbdfs.errors import MountError
-from rbdfs.fuse.mounting import TYPE, MountInfo, mountinfo
+from rbdfs.fuse.mountinfo import MountInfo, mountinfo
+from rbdfs.fuse.mounting import TYPE
 from rbdfs.fuse.process import Process, process_of
 from tests.cluster import MIB, Ceph, Mount, random_bytes, rbdfs, wait_until
 
