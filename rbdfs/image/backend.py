@@ -1,4 +1,4 @@
-"""What an open image needs of the cluster, and no more. ceph/image/ceph_image.py has the real one, tests a fake."""
+"""What an open image needs of the cluster. ceph/image/ceph_image.py fulfils it, and a fake for tests."""
 
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Protocol
@@ -8,7 +8,7 @@ from rbdfs.errors import RbdfsError, StaleError
 Buffer = bytes | memoryview
 ReadResult = Buffer | RbdfsError
 OnRead = Callable[[ReadResult], None]
-"""Takes what a read gave, in the trio thread. Must not raise."""
+"""Takes the result of a read, in the trio thread. Must not raise."""
 
 
 class ImageBackend(Protocol):
@@ -21,21 +21,22 @@ class ImageBackend(Protocol):
     stripe_count: int
     """Objects; 1 without fancy striping."""
     size: int
-    """Bytes, as last heard of the cluster. A HEAD's changes."""
+    """Bytes, as of the last answer of the cluster. That of a HEAD changes."""
     write_version: int | None
-    """A number that stays the same as long as nobody can have written to the image, as of when it was opened or brought
-    up to date; None if that cannot be known: each open must then read afresh."""
+    """A number that changes if anybody may have written to the image, as of when it was opened or revalidated; None if
+    nobody can tell: then each open() must read from the cluster."""
     revalidate_due: bool
-    """Whether who answers from a cache must call `revalidate_soon` first."""
+    """Whether a reader that is served from a cache must call `revalidate_soon` first."""
 
     @property
     def pool(self) -> Hashable:
-        """What its reads share their limits with: the id of its pool."""
+        """The id of its pool: all reads of one pool share their limits."""
 
     @property
     def is_immutable(self) -> bool:
-        """Whether nothing of it ever changes any more, neither bytes nor size: a snapshot that nobody can be filling.
-        What was read of it before may be wrong, unless it was immutable by then."""
+        """Whether its bytes and its size never change again: a snapshot that nobody can be filling.
+
+        What was read before it became immutable may be wrong."""
 
     @property
     def has_map(self) -> bool:
@@ -43,14 +44,14 @@ class ImageBackend(Protocol):
 
     @property
     def stale(self) -> StaleError | None:
-        """That the image is known to be gone. It does not come back."""
+        """The error if the image is known to be gone. It does not come back."""
 
     def start_read(self, offset: int, length: int, callback: OnRead) -> None:
         """Start to read `length` bytes at the image offset `offset`.
 
         `callback` is called once, later, in the trio thread, with exactly `length` bytes or with an error, never with
-        less. Zeros are what the image holds, never what is left of an image or a snapshot that was removed or shrunk:
-        then it is StaleError or BeyondEndError. What was started cannot be cancelled. Never raises.
+        less. Zeros are what the image holds: if it was removed or shrunk, the error is StaleError or BeyondEndError. A
+        read cannot be cancelled. Never raises.
         """
 
     def revalidate_soon(self) -> None:
@@ -60,7 +61,7 @@ class ImageBackend(Protocol):
         """
 
     async def revalidate(self) -> None:
-        """Have all reads, seeks and sizes from now on see what was done before this call, and ask for `write_version`.
+        """Make all reads, seeks and sizes from now on see what was done before this call, and ask for `write_version`.
 
         Raises RbdfsError, StaleError if the image is gone.
         """
@@ -72,16 +73,16 @@ class ImageBackend(Protocol):
         """Ask the cluster for the size. Bytes; raises RbdfsError, StaleError if the image is gone."""
 
     async def extents_window(self) -> int:
-        """How many bytes `extents` should be asked for at once, so that its answer takes milliseconds."""
+        """Return for how many bytes to ask `extents` at once, so that its answer takes milliseconds."""
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Where a range holds data, its parent's included, as (image offset, length) pairs; the rest reads as zeros.
+        """Return where a range holds data, its parent's included, as (image offset, length) pairs; the rest is zeros.
 
         When in doubt, it is data. Raises RbdfsError.
         """
 
     async def close(self) -> None:
-        """Wait for reads in flight, then give the image and its watch back. Does not raise."""
+        """Wait for reads in flight, then close the image and its watch. Does not raise."""
 
 
 OpenBackend = Callable[[], Awaitable[ImageBackend]]

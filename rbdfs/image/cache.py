@@ -1,11 +1,10 @@
-"""What was read of objects: a byte-budgeted LRU, and one fetch for all who wait for the same bytes.
+"""The bytes that were read: an LRU under a budget of bytes, and one fetch for all readers of the same bytes.
 
 librbd's own path one level up: a read becomes object extents (`file_to_extents`); what the cache has of each object
 is answered, the rest is fetched. librbd reads an image by image offsets, so missing extents that touch in the image,
 in one object or over several, are fetched with one aio.
 
-Everything here happens in the trio thread, so there is no lock; between a look at the cache and the act that relies on
-it there is no await.
+Everything here happens in the trio thread, without a lock and without an await.
 """
 
 import logging
@@ -29,71 +28,71 @@ MISS_ALIGNMENT = 4096
 costs the OSD nothing more. It bounds what a random read fetches: the request and less than two of these."""
 
 COPIES_IN_FLIGHT = 2
-"""What is in flight is in memory twice: librados receives it into buffers of its own, librbd copies it into ours."""
+"""Bytes in flight are in memory twice: librados receives them into buffers of its own, librbd copies them into ours."""
 
 
 @dataclass(slots=True)
 class CacheCounts:
-    """What was done so far; for operators, and for tests, which count operations and not seconds."""
+    """Counts for operators, and for tests, which count operations and not seconds."""
 
     hits: int = 0
     misses: int = 0
     copied_bytes: int = 0
     evictions: int = 0
     ahead_bytes: int = 0
-    """What was asked for ahead of readers."""
+    """Bytes asked for ahead of readers."""
     ahead_used_bytes: int = 0
-    """What of it somebody has read, or waited for, in whole fetches."""
+    """Of these, bytes that a reader came to, in whole fetches."""
     ahead_wasted_bytes: int = 0
-    """What of it arrived, and was dropped before anybody has read of it."""
+    """Of these, bytes that arrived and were dropped before a reader came, in whole fetches."""
 
 
 class ObjectCache:
-    """The bytes of all open images, under one budget; what is in flight counts.
+    """The bytes of all open images under one budget, which also counts what is in flight.
 
-    With a `budget_bytes` of 0 nothing is kept: each read is an aio of its own, and nothing is read ahead.
+    With a `budget_bytes` of 0 it keeps nothing: each read is an aio of its own, and nothing is read ahead.
     """
 
     def __init__(self, budget_bytes: int, max_ops: int, max_bytes: int) -> None:
-        """`max_ops` and `max_bytes` are what may be in flight to one pool; without a budget, the bytes are to all."""
+        """`max_ops` and `max_bytes` limit what is in flight to one pool; without a budget, the bytes to all pools."""
         self.budget_bytes = budget_bytes
         self._largest_fetch = budget_bytes // COPIES_IN_FLIGHT
         self._max_ops = max_ops
         self._max_bytes = max_bytes
         self.in_flight = Total(self._largest_fetch or max_bytes)
-        """Towards the cluster."""
+        """Bytes, to all pools."""
         self._throttles: dict[Hashable, Throttle] = {}
         self.counts = CacheCounts()
         self._complete: OrderedDict[Fetch, None] = OrderedDict()
         self._complete_bytes = 0
 
     def throttle(self, pool: Hashable) -> Throttle:
-        """What limits the reads of one pool's images: those of a pool that does not answer leave others their room."""
+        """Return the limit for all images of one pool: if a pool does not answer, the others still have room."""
         if pool not in self._throttles:
             self._throttles[pool] = Throttle(self._max_ops, self._max_bytes, self.in_flight)
         return self._throttles[pool]
 
     @property
     def reads_in_flight(self) -> int:
-        """How many the cluster has yet to answer."""
+        """Reads that the cluster has not answered yet."""
         return sum(throttle.ops for throttle in self._throttles.values())
 
     @property
     def reads_queued(self) -> int:
-        """How many wait for others to end first."""
+        """Reads that wait for others to end first."""
         return sum(throttle.queued for throttle in self._throttles.values())
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes that image data takes in memory, read or being read. At most the budget."""
+        """Bytes that image data takes in memory, cached or in flight. At most the budget."""
         return self._complete_bytes + COPIES_IN_FLIGHT * self.in_flight.bytes
 
     def start_read(self, image: CachedImage, offset: int, length: int, callback: OnRead, *, keep: bool = True) -> None:
-        """Read exactly `length` bytes at the image offset `offset`; what one fetch has is not copied.
+        """Read exactly `length` bytes at the image offset `offset`, without a copy if one fetch has them all.
 
-        `callback` is called once: from here for what is cached, else when it has arrived. It gets the error of a fetch
-        that failed; the next read tries again. The range must lie inside the image. Without `keep`, what is not cached
-        is read for this caller alone.
+        `callback` is called once: from here if the bytes are cached, else when they have arrived. It gets the error of
+        a fetch that failed; the next read tries again. The range must lie inside the image. Without `keep`, the cache
+        does not keep what it has to fetch.
         """
         layout = image.layout
         parts = None
@@ -102,7 +101,7 @@ class ObjectCache:
             parts = self._cached_parts(image, offset, length)
         elif cached := image.objects.get(object_no):
             start, end, fetch, fetch_offset = cached[bisect_right(cached, (position, BEYOND_ANY_OFFSET)) - 1]
-            if start <= position and position + length <= end:  # as most reads that hit: one piece
+            if start <= position and position + length <= end:  # as most hits: all in one fetch
                 self.counts.hits += 1
                 if fetch.is_readahead:
                     self._count_use(fetch)
@@ -139,32 +138,31 @@ class ObjectCache:
                 fetch.waiters.append((each, start, end))
 
     def prefetch(self, image: CachedImage, offset: int, length: int) -> None:
-        """Start to fetch what is missing of a range, behind all that is waited for. It must lie inside the image."""
+        """Fetch the missing parts of a range, after all reads that somebody waits for. It must lie inside the image."""
         if length <= self._largest_fetch:
             for start, end in image.missing(offset, length):
                 self._submit(Fetch(image, start, end - start, is_readahead=True), urgent=False)
                 self.counts.ahead_bytes += end - start
 
     def _count_use(self, fetch: Fetch) -> None:
-        """The first reader of what was read ahead has come."""
+        """Note that a reader has come to what was read ahead."""
         fetch.is_readahead = False
         self.counts.ahead_used_bytes += fetch.length
 
     def cancel(self, image: CachedImage) -> None:
-        """Ask for nothing more of an image: what is queued and nobody waits for is dropped. Call it before its backend
-        is closed."""
+        """Drop queued fetches of an image that nobody waits for. Call it before its backend is closed."""
         for fetch in image.fetches():
             if fetch.data is None and not fetch.waiters and image.throttle.cancel(fetch):
                 self._drop(fetch)
 
     def forget(self, image: CachedImage) -> None:
-        """Keep nothing of an image. Who waits for a fetch of it still gets the bytes."""
+        """Drop all of an image. Readers that wait for a fetch of it still get the bytes."""
         self.cancel(image)
         for fetch in image.fetches():
             self._drop(fetch)
 
     def _cached_parts(self, image: CachedImage, offset: int, length: int) -> list[Part] | None:
-        """The fetches that have a range, each with the part to take; None if a byte of it is not asked for yet."""
+        """Return the fetches that have a range, each with the part to take; None if a byte of it is in no fetch."""
         parts = []
         for extent in file_to_extents(image.layout, offset, length):
             position, end = extent.offset, extent.offset + extent.length
@@ -173,8 +171,8 @@ class ObjectCache:
             while position < end:
                 if not 0 <= index < len(cached) or not cached[index][0] <= position < cached[index][1]:
                     return None
-                start, piece_end, fetch, fetch_offset = cached[index]
-                part_end = min(end, piece_end)
+                start, extent_end, fetch, fetch_offset = cached[index]
+                part_end = min(end, extent_end)
                 if fetch.is_readahead:
                     self._count_use(fetch)
                 parts.append(Part(fetch, fetch_offset + position - start, fetch_offset + part_end - start))
@@ -187,7 +185,7 @@ class ObjectCache:
         return parts
 
     def _fetch_missing(self, image: CachedImage, offset: int, length: int, callback: OnRead) -> None:
-        """Ask for what is missing of a range, and answer from that and from what is cached."""
+        """Fetch the missing parts of a range, and answer from these and from what is cached."""
         start = offset - offset % MISS_ALIGNMENT
         end = min(image.backend.size, -(-(offset + length) // MISS_ALIGNMENT) * MISS_ALIGNMENT)
         if end - start > self._largest_fetch or end < offset + length:
@@ -215,7 +213,7 @@ class ObjectCache:
             image.throttle.submit((image, offset, length, callback), length, self._start_uncached, urgent=True)
 
     def _submit(self, fetch: Fetch, *, urgent: bool) -> None:
-        """Ask for bytes of which none is listed, and list them: others find them."""
+        """Fetch bytes of which none is cached. Other readers find the fetch from now on."""
         image, offset, length = fetch.image, fetch.offset, fetch.length
         layout = image.layout
         object_no, position = divmod(offset, layout.object_size)
@@ -252,9 +250,9 @@ class ObjectCache:
         image.throttle.done(length)
 
     def _make_room(self) -> None:
-        """For what was just started."""
-        # librados's copies count as many as they ever were at once: the memory that it gives back lies between what it
-        # still has, and buffers of ours do not fit in. (With a budget of 256 MiB, four `cp`s at once took 440 to 500 MB
+        """Evict fetches to make room for a read that was just started."""
+        # librados's copies count with their peak: the memory that it frees lies between what it still has, and our
+        # buffers do not fit in. (With a budget of 256 MiB, four `cp`s at once took 440 to 500 MB
         # when only those in flight were counted, 310 to 390 so.)
         room = self.budget_bytes - self.in_flight.bytes - self.in_flight.peak_bytes
         while self._complete and self._complete_bytes > room:
@@ -262,7 +260,7 @@ class ObjectCache:
             self.counts.evictions += 1
 
     def _finish(self, fetch: Fetch, result: ReadResult) -> None:
-        """A fetch has ended: tell all who wait, whatever one of them does."""
+        """Answer all readers of a fetch that has ended, even if one of them raises."""
         waiters, fetch.waiters = fetch.waiters, []
         if isinstance(result, RbdfsError):
             self._drop(fetch)
@@ -281,7 +279,7 @@ class ObjectCache:
         fetch.image.throttle.done(fetch.length)
 
     def _drop(self, fetch: Fetch) -> None:
-        """Readers do not find a fetch any more."""
+        """Take a fetch out of the cache. Readers that wait for it still get the bytes."""
         if not fetch.is_indexed:
             return
         fetch.image.remove(fetch)
@@ -293,6 +291,6 @@ class ObjectCache:
 
 
 def _unexpected(error: Exception) -> RbdfsError:
-    """For who waits, of a read that could not even be started."""
+    """Return the error for the readers of a read that could not be started."""
     log.error("a read could not be started", exc_info=error)
     return RbdfsError(f"unexpected {type(error).__name__}: {error}")

@@ -1,7 +1,7 @@
-"""What is known of where an image holds data. Pure: it is told, and answers; what it was not told of is unknown.
+"""A map of where an image holds data, as far as is known. Pure.
 
 A hole is what reads as zeros because nothing was ever written there. To take data for a hole loses bytes, to take a
-hole for data costs time: so only what the cluster says is a hole is one.
+hole for data costs time: so a hole is only what the cluster says is one.
 """
 
 from bisect import bisect_left, bisect_right
@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 SEGMENTS_MAX = 1 << 18
-"""Of one image, some 20 MB. With more, only what was learned last is known."""
+"""The limit for one image, some 20 MB. Beyond it, the map keeps only what was learned last."""
 
 
 class Kind(Enum):
@@ -36,15 +36,15 @@ class HoleMap:
     def __init__(self, size: int) -> None:
         self.size = size
         self.is_asked = False
-        """Whether somebody has asked for all of it, or is about to."""
+        """Whether a reader has asked for all holes, or is about to."""
         self.has_holes = False
-        """Whether one is known."""
+        """Whether any hole is known."""
         self._starts = [0]
         self._kinds = [Kind.UNKNOWN]
         self._ranks: list[int] = []
 
     def learn(self, start: int, end: int, data: Iterable[tuple[int, int]]) -> None:
-        """Of the bytes [start, end), those in `data` hold data, the rest is hole.
+        """Enter what the bytes [start, end) are: those in `data` hold data, the rest is a hole.
 
         `data` is (offset, length) pairs in any order; they may overlap, touch and reach beyond the range.
         """
@@ -84,31 +84,31 @@ class HoleMap:
 
     @property
     def segments(self) -> int:
-        """How many there are: what the map takes of memory."""
+        """The number of segments, which is the memory that the map takes."""
         return len(self._starts)
 
     def at(self, offset: int) -> Segment:
-        """The segment that holds a byte of the image."""
+        """Return the segment that a byte of the image is in."""
         index = bisect_right(self._starts, offset) - 1
         end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
         return Segment(self._starts[index], end, self._kinds[index])
 
     def between(self, start: int, end: int) -> Iterator[Segment]:
-        """The segments of the bytes [start, end), cut where these begin and end."""
+        """Yield the segments of the bytes [start, end), cut where these begin and end."""
         while start < end:
             _, stop, kind = self.at(start)
             yield Segment(start, min(stop, end), kind)
             start = stop
 
     def rank(self, offset: int) -> int:
-        """How many bytes before an offset are not known to be hole."""
+        """Return how many bytes before an offset are not in a known hole."""
         if not self._ranks:
             self._ranks = list(accumulate(map(self._present_bytes, range(len(self._starts) - 1)), initial=0))
         index = bisect_right(self._starts, offset) - 1
         return self._ranks[index] + (0 if self._kinds[index] is Kind.HOLE else offset - self._starts[index])
 
     def present(self, start_rank: int, end_rank: int) -> Iterator[tuple[int, int]]:
-        """The ranges [start, end) of the image that are not known to be hole, between two ranks."""
+        """Yield the ranges [start, end) of the image between two ranks, without the known holes."""
         self.rank(0)
         index = bisect_right(self._ranks, start_rank) - 1
         while index < len(self._starts) and self._ranks[index] < end_rank:
@@ -119,19 +119,19 @@ class HoleMap:
             index += 1
 
     def _present_bytes(self, index: int) -> int:
-        """Of a segment."""
+        """Return the rank that a segment adds."""
         if self._kinds[index] is Kind.HOLE:
             return 0
         end = self._starts[index + 1] if index + 1 < len(self._starts) else self.size
         return end - self._starts[index]
 
     def is_hole(self, offset: int, length: int) -> bool:
-        """Whether all of a range is known to be hole."""
+        """Return whether all of a range is in a known hole."""
         known = self.at(offset)
         return known.kind is Kind.HOLE and offset + length <= known.end
 
     def find(self, offset: int, kind: Kind) -> Segment | None:
-        """The first segment at or after `offset` that is of this kind or unknown; None if there is none to the end."""
+        """Return the first segment at or after `offset` that is of this kind or unknown; None if there is none."""
         while offset < self.size:
             segment = self.at(offset)
             if segment.kind in (kind, Kind.UNKNOWN):

@@ -20,27 +20,27 @@ from rbdfs.image.readahead import STALL_SECONDS, Readahead
 log = logging.getLogger(__name__)
 
 ZEROS = bytes(1 << 20)
-"""What every read in a known hole is answered from; the kernel asks for no more at once."""
+"""The answer to reads of a known hole; the kernel asks for no more at once."""
 
 FLUSH_SECONDS = 2.0
-"""How long a close() waits to hear whether the image is still there."""
+"""How long a close() waits to learn whether the image is still there."""
 
 RANDOM_BYTES_MAX = 64 * 1024
 """A random reader's reads of up to this size are not kept in the cache: the kernel's page cache keeps them, and to keep
-tens of thousands of small pieces costs more than they save."""
+tens of thousands of small fetches costs more than they save."""
 
 WINDOWS_OF_A_MAP = 256
-"""Answers from an object map by which all of a snapshot's holes are learned when it is first read: 64 TiB."""
+"""Answers of an object map to ask for when a snapshot is first read, to learn all its holes: up to 64 TiB."""
 
 OnSeek = Callable[[int | RbdfsError | None], None]
-"""Takes the offset that a seek found, None for lseek(2)'s ENXIO, or an error. Must not raise."""
+"""Takes the offset that a seek has found, None for lseek(2)'s ENXIO, or an error. Must not raise."""
 
 
 class ReadaheadShare:
-    """The sequential streams of all open files: they divide a third of the cache between them.
+    """Divides a third of the cache among the sequential streams of all open files.
 
-    What is in flight takes twice its bytes, and what was just read is newer in the LRU than what waits ahead of the
-    reader: with more than a third, readahead would push itself out before it is read.
+    Bytes in flight count twice, and bytes that were just read are newer in the LRU than those ahead of the reader: with
+    more than a third, readahead would evict itself before it is read.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -48,28 +48,28 @@ class ReadaheadShare:
         self.files: list[Readahead] = []
 
     def limit(self) -> int:
-        """Bytes that one stream may have ahead of its reader now."""
+        """Return how many bytes one stream may have ahead of its reader now."""
         streams = sum(readahead.sequential_streams for readahead in self.files)
         return self.budget_bytes // 3 // max(1, streams)
 
 
 @dataclass(slots=True)
 class OpenState:
-    """What all opens of one image share: the image in the cluster, and what the cache has of it."""
+    """What all open files of one image share."""
 
     key: Hashable
     """What `OpenImages` knows the image by."""
     backend: ImageBackend
     cached: CachedImage
     holes: HoleMap | None = None
-    """What is known of a snapshot's holes, by whoever asked first. A HEAD's belong to each open()."""
+    """The known holes of a snapshot. Those of a HEAD belong to each open()."""
 
 
 class OpenImage:
-    """One open() of an image: reads are clamped to its size and answered whole, or with an error.
+    """One open() of an image. It answers a read up to the end of the image with all its bytes, or with an error.
 
-    Reads and seeks are calls with a callback. Most are answered by calls alone; those that have to ask the cluster for
-    more than data go on in a task.
+    Reads and seeks are calls with a callback. Most end without a task; those that have to ask the cluster for more than
+    data go on in one.
     """
 
     def __init__(self, state: OpenState, cache: ObjectCache, share: ReadaheadShare) -> None:
@@ -88,11 +88,11 @@ class OpenImage:
 
     @property
     def size(self) -> int:
-        """Bytes, as last heard of the cluster."""
+        """Bytes, as of the last answer of the cluster."""
         return self._state.backend.size
 
     def start_read(self, offset: int, length: int, callback: OnRead) -> None:
-        """Read the bytes [offset, offset + length) of the image, fewer only if the image ends there.
+        """Read the bytes [offset, offset + length) of the image; fewer only if the image ends there.
 
         `callback` is called once, from here or later. It gets the bytes, or an RbdfsError with librbd's errno; never
         less in the middle, and never zeros for what could not be read.
@@ -122,14 +122,14 @@ class OpenImage:
         self._cache.start_read(state.cached, offset, length, finish, keep=keep)
 
     def _finish_read(self, offset: int, length: int, began: float, callback: OnRead, result: ReadResult) -> None:
-        """The cache has answered."""
+        """Pass on the answer of the cache."""
         if (waited := monotonic() - began) > STALL_SECONDS:
             self._readahead.on_wait(waited)
         if not isinstance(result, RbdfsError):
             callback(result)
         elif isinstance(result, BeyondEndError):
-            # Others have shrunk the image under us. Either it ends before this range, and that is the answer, or only
-            # the readahead that this read waited for went beyond the end, and this read does not.
+            # Others have shrunk the image. Either it ends before this range, and that is the answer, or only the
+            # readahead that this read waited for goes beyond the end.
             self._in_a_task(partial(self._read_again, offset, length, callback), callback)
         else:
             self._finish(callback, result)
@@ -144,7 +144,7 @@ class OpenImage:
         await self._read_after_asking(offset, length, callback)
 
     async def _read_after_asking(self, offset: int, length: int, callback: OnRead) -> None:
-        """Read what has to ask the cluster for more than data first: for the size, or for a snapshot's holes."""
+        """Ask the cluster for the size, or for a snapshot's holes, and then read."""
         state = self._state
         if state.holes is not None:
             await self._ask_for_holes(state.holes)
@@ -160,7 +160,7 @@ class OpenImage:
             self._cache.start_read(state.cached, offset, length, partial(self._finish, callback))
 
     def _in_a_task(self, work: Callable[[], Awaitable[None]], callback: Callable[[RbdfsError], None]) -> None:
-        """Have something done that calls the callback; what it raises is given to the callback."""
+        """Run `work`, which calls the callback, in a task. If it raises, the callback gets the error."""
 
         async def guarded() -> None:
             try:
@@ -181,7 +181,7 @@ class OpenImage:
         trio.lowlevel.spawn_system_task(guarded)
 
     def _read_ahead_past_holes(self, holes: HoleMap, offset: int, length: int) -> None:
-        """A stream goes by what is not known to be a hole: a reader that skips a hole has data behind it read ahead."""
+        """Count a stream's bytes without the known holes, so that a reader that skips a hole is still sequential."""
         start, end = holes.rank(offset), holes.rank(offset + length)
         if start == end:
             return
@@ -198,13 +198,13 @@ class OpenImage:
             start = stop
 
     async def _ask_for_holes(self, holes: HoleMap) -> None:
-        """Learn, once, what a snapshot holds: reads of its holes then ask no OSD."""
+        """Learn all holes of a snapshot, once: reads of them then ask no OSD."""
         if holes.is_asked:
             return
         holes.is_asked = True
         backend = self._state.backend
         try:
-            # Only if it costs milliseconds: if one answer tells of all of it, or a few from a map.
+            # Only if it costs milliseconds: one answer for the whole image, or a few of an object map.
             window = await backend.extents_window()
             if window * (WINDOWS_OF_A_MAP if backend.has_map else 1) >= holes.size:
                 for position in range(0, holes.size, window):
@@ -213,10 +213,10 @@ class OpenImage:
             log.info("holes are read like data: %s", error)
 
     def start_seek(self, offset: int, kind: Kind, callback: OnSeek) -> None:
-        """Find where the next data or the next hole begins, at or after `offset`, in bytes; the end counts as a hole.
+        """Find where the next data or the next hole begins, at or after `offset`; the end counts as a hole.
 
         `callback` is called once, from here or later. It gets None past the end, and after the last data: lseek(2)'s
-        ENXIO. What the cluster refuses to say is data; if it does not answer, that is an error.
+        ENXIO. If the cluster refuses to say, it is data; if it does not answer, that is an error.
         """
         if offset < self.size == self._holes.size:
             segment = self._holes.find(offset, kind)
@@ -228,7 +228,7 @@ class OpenImage:
     async def _seek_by_asking(self, offset: int, kind: Kind, callback: OnSeek) -> None:
         backend = self._state.backend
         size = -1
-        while size != backend.size:  # that there is no more is said only of the size that the image has now
+        while size != backend.size:  # "no more" holds only for the size that the image has now
             size = backend.size
             if size != self._holes.size:
                 self._holes = HoleMap(size)
@@ -242,10 +242,10 @@ class OpenImage:
         callback(size if kind is Kind.HOLE and offset < size else None)
 
     async def _learn(self, position: int) -> None:
-        """Ask what the window around `position` holds. What was learned belongs to this open() alone.
+        """Learn where the window around `position` holds data, for this open() alone.
 
-        What the cluster refuses to say is data. Raises RbdfsError (ETIMEDOUT) if it does not answer. Learns nothing if
-        others have shrunk the image: then the backend has the new size.
+        If the cluster refuses to say, it is data. Raises RbdfsError (ETIMEDOUT) if it does not answer. Learns nothing
+        if others have shrunk the image: then the backend has the new size.
         """
         backend, holes = self._state.backend, self._holes
         try:
@@ -258,7 +258,7 @@ class OpenImage:
             assume_data(holes, position, error)
 
     async def flush(self) -> None:
-        """What close() is told: raises StaleError if a read found the image gone, or if it is gone now."""
+        """Check at a close(). Raises StaleError if a read found the image gone, or if it is gone now."""
         if self._stale is None:
             with trio.move_on_after(FLUSH_SECONDS):
                 try:
@@ -271,5 +271,5 @@ class OpenImage:
             raise self._stale
 
     def close(self) -> None:
-        """This open() reads no more."""
+        """End this open(): nothing more is read ahead."""
         self._share.files.remove(self._readahead)

@@ -1,4 +1,4 @@
-"""The images that are open now: one librbd image, one watch and one cache for all who have the same image open."""
+"""The images that are open now: all open files of an image share one librbd image, one watch and one cache."""
 
 import logging
 from collections.abc import Hashable
@@ -17,15 +17,15 @@ from rbdfs.tasks import BackgroundTasks
 log = logging.getLogger(__name__)
 
 CLOSED_IMAGES_MAX = 1024
-"""Images whose cached bytes are kept after their last close, for the next open() to find still valid. The bytes are
-under the cache's budget; this bounds the list."""
+"""Closed images to keep cached, in case the next open() finds them still valid. The cache's budget bounds their bytes;
+this bounds the list."""
 
 CLOSED_SEGMENTS_MAX = SEGMENTS_MAX
 """Segments in the hole maps of closed images, all together: some 20 MB."""
 
 
 class _Entry:
-    """One image, open or remembered."""
+    """One image, open or closed and still cached."""
 
     def __init__(self) -> None:
         self.lock = trio.Lock()
@@ -37,16 +37,16 @@ class _Entry:
 
     @property
     def segments(self) -> int:
-        """In its hole map."""
+        """Those of its hole map."""
         return 0 if self.holes is None else self.holes.segments
 
 
 class OpenImages:
     """Opens and closes images, and keeps close-to-open: an open() sees all that was written before it.
 
-    What an earlier open() left in the cache may answer only if the image says that nobody can have written since
-    (`ImageBackend.write_version`). Older opens go over to the new cache as well, so that the kernel's page cache, which
-    all opens of a file share, is never filled with what is older than the newest open().
+    The cache of an earlier open() is used only if nobody can have written since (`ImageBackend.write_version`). Else
+    older opens use the new cache as well: all opens of a file share the kernel's page cache, which must not get bytes
+    older than the newest open().
     """
 
     def __init__(self, cache: ObjectCache) -> None:
@@ -58,8 +58,8 @@ class OpenImages:
     async def open(self, key: Hashable, open_backend: OpenBackend) -> tuple[OpenImage, bool]:
         """Open the image `key`; `open_backend` is called if nobody has it open.
 
-        Also returns whether all that earlier opens have read, in this mount or any, is still what the image holds.
-        Raises what `open_backend` raises.
+        Also returns whether the image still holds all that earlier opens have read, in this mount or another. Raises
+        what `open_backend` raises.
         """
         entry = self._entries.setdefault(key, _Entry())
         entry.users += 1
@@ -73,7 +73,7 @@ class OpenImages:
         return OpenImage(entry.state, self._cache, self._share), unchanged
 
     async def close(self, image: OpenImage) -> None:
-        """End one open(). The last one gives the librbd image and its watch back. A cancel ends the waiting alone."""
+        """End one open(). The last one closes the librbd image and its watch, which a cancel does not stop."""
         image.close()
         await self._release(image.key, self._entries[image.key])
 
@@ -105,27 +105,27 @@ class OpenImages:
         else:
             state.cached = entry.cached
             state.holes = entry.holes
-            if backend is not state.backend:  # it was migrated, say: older opens go over to what it is now
+            if backend is not state.backend:  # after a migration, for example: older opens use the new image
                 stale, state.backend = state.backend, backend
                 try:
                     await self._background.run(stale.close)
                 except trio.Cancelled:
-                    entry.write_version = None  # the kernel does not hear that this open() has found it changed
+                    entry.write_version = None  # the kernel does not learn that this open() has found it changed
                     raise
         return unchanged
 
     async def _current_backend(self, state: OpenState | None, open_backend: OpenBackend) -> ImageBackend:
-        """The image that somebody has open, brought up to date; else, or if that is gone, a new one."""
+        """Return the image that is open already, revalidated; if there is none, or it is gone, a new one."""
         if state is not None:
             try:
                 await state.backend.revalidate()
                 return state.backend
             except StaleError as error:
-                log.info("opened anew: %s", error)
+                log.info("opened again: %s", error)
         return await open_backend()
 
     async def _release(self, key: Hashable, entry: _Entry) -> None:
-        """At once, but for the librbd image: that is closed beside the next open(), which need not wait for it."""
+        """End one use. The next open() need not wait until the librbd image of the last one is closed."""
         entry.users -= 1
         if entry.users:
             return
@@ -137,7 +137,7 @@ class OpenImages:
             await self._background.run(state.backend.close)
 
     def _keep_closed(self, key: Hashable, entry: _Entry) -> None:
-        """Keep a closed image's cache, as the newest, if it can be valid again; let go of the oldest."""
+        """Keep the cache of a closed image, as the newest, if it can be valid again. Drop the oldest."""
         del self._entries[key]
         is_worth_it = entry.cached is not None and (entry.cached.objects or entry.holes is not None)
         if entry.write_version is not None and is_worth_it:

@@ -1,7 +1,7 @@
-"""What to read ahead. Pure policy: reads in, image ranges out; it fetches nothing and knows no time.
+"""Decides what to read ahead. Pure policy: reads in, image ranges out; it fetches nothing and knows no time.
 
 The kernel sends the reads of one sequential reader out of order (asynchronous page-cache readahead), so "sequential"
-here means *near the front of a stream*, not `offset == next` (mountpoint-s3 issue 488 tells what comes of that). One
+here means *near the front of a stream*, not `offset == next` (mountpoint-s3 issue 488). One
 open file can carry several streams at once: a loop mount, `qemu-img convert`, threads that share a file descriptor.
 """
 
@@ -13,10 +13,10 @@ STREAMS = 8
 """Streams that are told apart in one open file; `qemu-img convert` has 8 reads under way by default."""
 
 FRONT_BYTES = 256 * 1024
-"""Readers that are not known to be sequential yet are told apart if their fronts lie in different pieces so large."""
+"""New readers are told apart if their fronts lie in different parts of the image, each of this size."""
 
 RANDOM_READS = 16
-"""So many reads in a row, none of them near another, are a random reader's."""
+"""After this many reads in a row that are near no other, the reader is random."""
 
 SKIP_READS = 8
 """How far from its front a read still belongs to a stream, in lengths of that read: 128 KiB requests come in another
@@ -43,8 +43,8 @@ WINDOW_BYTES_MAX = 512 * MIB
 """As far as latency can widen the window: 5 GB/s at 100 ms. The cache's budget ends it sooner as a rule."""
 
 STALL_SECONDS = 0.02
-"""A read that waits longer tells of latency that the window does not cover; one that the cluster's bandwidth or a busy
-CPU holds up waits some milliseconds (2 cores, a local OSD: 1 to 8), and a larger window would not help it."""
+"""A read that waits longer shows latency that the window does not cover. Bandwidth or a busy CPU delay a read by some
+milliseconds (2 cores, a local OSD: 1 to 8), and a larger window would not help."""
 
 
 class Stream:
@@ -56,18 +56,18 @@ class Stream:
         self.front = 0
         """Where the reads so far end."""
         self.ahead = 0
-        """Up to where it was read ahead."""
+        """Where the readahead so far ends."""
         self.read = 0
         self.advances = 0
         """Reads that moved the front."""
         self.window = 0
-        """The window that `ahead` was reckoned with, once it has its full size."""
+        """The window that `ahead` was computed with, once it has its full size."""
 
 
 class Readahead:
     """The streams of one open file.
 
-    `fetch_bytes` is what one aio carries: ranges that are returned end on multiples of it, or at the image's end.
+    `fetch_bytes` is the size of one aio: ranges end on multiples of it, or at the end of the image.
     """
 
     def __init__(self, fetch_bytes: int) -> None:
@@ -81,11 +81,11 @@ class Readahead:
 
     @property
     def sequential_streams(self) -> int:
-        """How many streams are read ahead for."""
+        """Streams that are read ahead."""
         return len(self._streams)
 
     def on_read(self, offset: int, length: int, size: int, limit: Callable[[], int]) -> tuple[int, int] | None:
-        """The image range [start, end) to read ahead because of this read, or None. A range is returned once.
+        """Return the image range [start, end) to read ahead after this read, or None. Each range is returned once.
 
         `size` is the image's; `limit()` is how many bytes may lie ahead of a stream now. Less than `fetch_bytes` allows
         nothing.
@@ -126,7 +126,7 @@ class Readahead:
     def _on_second_read(
         self, piece: int, stream: Stream, offset: int, length: int, size: int, limit: Callable[[], int]
     ) -> tuple[int, int] | None:
-        """A read near the front of a reader that is not known to be sequential."""
+        """Handle a read near the front of a reader that is not known to be sequential."""
         end = offset + length
         self._alone = 0
         self.is_random = False
@@ -145,7 +145,7 @@ class Readahead:
         return self._extend(stream, offset, size, limit)
 
     def _extend(self, stream: Stream, offset: int, size: int, limit: Callable[[], int]) -> tuple[int, int] | None:
-        """What a sequential reader is to have read ahead, as far as it was not asked for yet."""
+        """Return what to read ahead of a sequential reader, without what was returned before."""
         full = min(self.window, limit())
         window = min(full, max(self.fetch_bytes, GROWTH * stream.read))
         if window < self.fetch_bytes:
@@ -159,6 +159,6 @@ class Readahead:
         return start, wanted
 
     def on_wait(self, seconds: float) -> None:
-        """A read had to wait for this long: a larger window from now on, if a sequential reader was stalled."""
+        """Widen the window if a sequential reader had to wait too long."""
         if seconds > STALL_SECONDS and self._streams:
             self.window = min(self.window * 3 // 2, WINDOW_BYTES_MAX)

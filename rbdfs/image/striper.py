@@ -7,8 +7,8 @@ from typing import NamedTuple
 MIB = 1 << 20
 
 FETCH_BYTES_MAX = 4 * MIB
-"""What one aio carries at most when an image is read ahead: the default object size, and the size at which librbd
-is at its best (FACTS: `rbd bench` reads 4 MiB ten at a time). Larger objects are read in parts of this size, so that
+"""The largest aio of readahead: the default object size, and the size at which librbd
+is fastest (FACTS: `rbd bench` reads 4 MiB ten at a time). Larger objects are read in parts of this size, so that
 the first bytes do not wait for 32 MiB; smaller objects are read many in one aio."""
 
 
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def fetch_bytes(self) -> int:
-        """Bytes of the image that one readahead aio covers: whole objects where they are small enough.
+        """The size of one readahead aio in bytes: whole objects if they are small enough.
 
         A multiple of it is always on an object's or a stripe's edge.
         """
@@ -62,7 +62,7 @@ def file_to_extents(layout: Layout, offset: int, length: int) -> list[ObjectExte
     """Map `length` bytes at the image offset `offset` onto object extents, in image order.
 
     Ceph's `Striper::file_to_extents`, but for the order: extents of one object that touch in the object *and* in the
-    image are one extent; those that a stripe of other objects parts in the image stay apart.
+    image are one extent; those with a stripe of other objects between them stay apart.
     """
     extents = []
     end = offset + length

@@ -1,4 +1,4 @@
-"""A limit on what is in flight towards the cluster, so that a mount can flood neither the cluster nor itself."""
+"""Limits what is in flight to the cluster, so that a mount can flood neither the cluster nor itself."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -10,7 +10,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(slots=True)
 class Total:
-    """What several throttles have in flight together. One that has nothing in flight may always start one."""
+    """Bytes that several throttles have in flight together. A throttle with nothing in flight may always start one."""
 
     max_bytes: float = math.inf
     bytes: int = 0
@@ -18,7 +18,7 @@ class Total:
 
 
 class Throttle:
-    """Starts work at once while there is room, later otherwise; who is waited for goes before what is read ahead.
+    """Starts work at once if there is room, later otherwise; urgent work goes before readahead.
 
     Ceph's models are `rbd_concurrent_management_ops` (what `rbd export` keeps in flight) and the objecter's
     `objecter_inflight_op_bytes`. Theirs block the calling thread; this one queues.
@@ -36,12 +36,11 @@ class Throttle:
         self._is_starting = False
 
     def submit(self, key: Key, nbytes: int, start: Callable[[Key], None], *, urgent: bool) -> None:
-        """Call `start(key)` as soon as `nbytes` more may be in flight; then call `done(nbytes)` when it has ended.
+        """Call `start(key)` as soon as `nbytes` more may be in flight. The caller calls `done(nbytes)` at its end.
 
-        More than `max_bytes` at once starts when nothing else is in flight. `start` must not raise; what ends at once
-        may call `done` from there.
+        Work of more than `max_bytes` starts when nothing else is in flight. `start` must not raise; it may call `done`.
         """
-        # As in _start_queued; inline, since all that is not cached comes here.
+        # As in _start_queued; inline, since each read that is not cached comes here.
         total = self._total
         if (
             not self._urgent
@@ -79,24 +78,24 @@ class Throttle:
 
     @property
     def queued(self) -> int:
-        """How much was submitted and has not started."""
+        """Work that was submitted and has not started."""
         return len(self._urgent) + len(self._later)
 
     def promote(self, key: Hashable) -> None:
-        """Somebody waits for this now. Nothing happens if it was started already."""
+        """Make it urgent. Nothing happens if it was started already."""
         if key in self._later:
             self._urgent[key] = self._later.pop(key)
 
     def cancel(self, key: Hashable) -> bool:
-        """Forget what was not started yet; False if it was."""
+        """Drop it if it was not started yet; return False if it was."""
         return (self._later.pop(key, None) or self._urgent.pop(key, None)) is not None
 
     def done(self, nbytes: int) -> None:
-        """What was started with `nbytes` has ended, well or not."""
+        """Note that work of `nbytes` has ended, well or not."""
         self.ops -= 1
         self.bytes -= nbytes
         self._total.bytes -= nbytes
-        # Of what ends in its `start`, one after the other: nested, a long queue would be too deep a recursion.
+        # Work that ends in its own `start` is started in a loop: a long queue would be too deep a recursion.
         if (self._urgent or self._later) and not self._is_starting:
             self._is_starting = True
             try:
