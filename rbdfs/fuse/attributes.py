@@ -1,4 +1,4 @@
-"""What the kernel was told of each inode, and for how long it may rely on it."""
+"""The attributes that the kernel has of each inode, and for how long it may rely on them."""
 
 import logging
 import math
@@ -70,7 +70,7 @@ class KernelAttributes:
         self._known: dict[int, KnownStat] = {}
         self._ends: dict[int, _KnownEnd] = {}
         self.notify: Callable[[int], None] = lambda _: None
-        """Tells the kernel that the attributes of an inode are old (`Device.notify`)."""
+        """Makes the kernel drop the attributes of an inode (`Device.notify`)."""
 
     async def fetch(self, node: Node) -> KnownStat:
         """Ask the cluster. Raises RbdfsError."""
@@ -86,9 +86,9 @@ class KernelAttributes:
         return self.entry(node, known)
 
     async def newest(self, node: Node, listed: KnownStat) -> KnownStat:
-        """Return what a listing says of a node, or what the kernel was told before, if that is newer.
+        """Return the attributes of a node in a listing, or those that the kernel has already, if they are newer.
 
-        The kernel believes what a listing says of each file, also of one that is open.
+        The kernel takes those of a listing for each file, even if it is open.
         """
         before = self._known.get(node.inode)
         if before is None:
@@ -105,9 +105,9 @@ class KernelAttributes:
             return KnownStat(trio.current_time(), None)
 
     def add(self, node: Node, known: KnownStat) -> None:
-        """Note that the kernel is told this.
+        """Note that the kernel gets these attributes.
 
-        It drops this if it was told something newer while the cluster was asked (fuse_change_attributes: attr_version).
+        It drops them if it got newer ones while the cluster was asked (fuse_change_attributes: attr_version).
         """
         if isinstance(known.stat, ImageStat):
             size, end = known.stat.size, self._ends.get(node.inode)
@@ -120,22 +120,22 @@ class KernelAttributes:
             self._known[node.inode] = known
 
     def invalidate(self, inode: int) -> None:
-        """Have the kernel ask again before it relies on the size of a file."""
+        """Make the kernel ask again before it relies on the size of a file."""
         self._known[inode] = KnownStat(trio.current_time(), None)
         self.notify(inode)
 
     def forget(self, inode: int) -> None:
-        """The kernel has dropped an inode from its caches."""
+        """Drop an inode that the kernel has forgotten."""
         self._known.pop(inode, None)
         self._ends.pop(inode, None)
 
     def seconds_until_end_known(self, inode: int, end: int) -> float | None:
-        """In how many seconds the kernel surely knows that a file ends at `end`; None if it was told of a later end."""
+        """Return in how many seconds the kernel surely knows that a file ends at `end`; None if it has a later end."""
         known = self._ends.get(inode, _KnownEnd(0, -math.inf))
         return None if known.size > end else max(0.0, known.surely_from - trio.current_time())
 
     def entry(self, node: Node, known: KnownStat) -> pyfuse3.EntryAttributes:
-        """Return the reply to the kernel, valid until it is ENTRY_SECONDS old; if nothing is known, not at all."""
+        """Return the reply to the kernel, valid until it is ENTRY_SECONDS old; not at all if nothing is known."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
         entry.st_uid = self._file_attributes.uid

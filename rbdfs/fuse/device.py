@@ -85,9 +85,10 @@ class Device:
 
         `files` are the open files by handle. `forget` takes (inode, lookups) pairs, `invalidate` the inode of a file
         that the kernel believes to be longer than it is. `seconds_until_end_known(inode, end)` returns in how many
-        seconds the kernel surely knows that the file ends there; None if it was not told. `troubles` takes all errors.
-        `direct_io`: all files are opened with FOPEN_DIRECT_IO. `answer_seconds` is how long a request may wait here.
-        Requests that pyfuse3 has are not answered here: `cancel_request_of(thread)` cancels that of a killed thread.
+        seconds the kernel surely knows that the file ends there; None if it has a later end. `troubles` takes all
+        errors. `direct_io`: all files are opened with FOPEN_DIRECT_IO. `answer_seconds` is how long a request may wait
+        here. Requests that pyfuse3 has are not answered here: `cancel_request_of(thread)` cancels that of a killed
+        thread.
         """
         self._files = files
         self._forget = forget

@@ -1,4 +1,4 @@
-"""What `-o` carries beside rbdfs's own options: flags of mount(2), options of FUSE, names, what fstab has. Pure."""
+"""Parses the options after `-o` that are not rbdfs's own: flags of mount(2), options of FUSE, names, fstab. Pure."""
 
 import re
 from collections.abc import Iterable
@@ -15,35 +15,35 @@ OPPOSITES = {"async": "sync"} | {
     **{name[2:]: name for name in ("nosuid", "nodev", "noexec", "noatime", "nodiratime")},
     **{f"no{name}": name for name in ("relatime", "strictatime", "lazytime")},
 }
-"""Options that take one of FLAGS back."""
+"""Options that switch off one of FLAGS."""
 
 FUSERMOUNT3_FLAGS = ("ro", "nosuid", "nodev", "noexec", "sync", "dirsync", "noatime")
-"""All that fusermount3 3.14 knows. The others change nothing: a read-only mount does not update access times."""
+"""Those that fusermount3 3.14 knows. The others change nothing: a read-only mount does not update access times."""
 
 LABELS = ("context", "fscontext", "defcontext", "rootcontext")
 """SELinux's options. fusermount3 does not take them."""
 
 VALUES = {"fsname": "NAME", "subtype": "NAME", "max_read": "BYTES", **dict.fromkeys(LABELS, "LABEL")}
-"""Options that take a value, and what it is."""
+"""Options that take a value, and the kind of value."""
 
 IGNORED = re.compile(
     "(no)?(auto|user|users|owner|group|fail|bootwait)|defaults|_netdev|silent|loud|nonempty"
     "|(x-|X-|comment=|user=|helper=|uhelper=).*",
     re.DOTALL,
 )
-"""What fstab tells mount(8), systemd and others, and what holds in any case."""
+"""Options in fstab for mount(8), systemd and others, and options that are always on."""
 
 
 @dataclass(frozen=True, slots=True)
 class FuseOptions:
-    """What follows `-o`, sorted by who takes it."""
+    """The options after `-o`, sorted by where they go."""
 
     flags: frozenset[str] = frozenset({"ro", "nosuid", "nodev"})
     """Names of FLAGS."""
     kernel: tuple[str, ...] = ("default_permissions",)
-    """For the kernel's FUSE, as they are: allow_other, max_read=131072."""
+    """For the kernel's FUSE, unchanged: allow_other, max_read=131072."""
     fsname: str = "rbdfs"
-    """What `mount` and `df` show as the source."""
+    """The source that `mount` and `df` show."""
     subtype: str = "rbdfs"
     """The type, after its "fuse."."""
     auto_unmount: bool = False

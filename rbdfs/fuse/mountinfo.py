@@ -15,17 +15,17 @@ class MountInfo(NamedTuple):
     path: bytes
     type: str
     owner: int | None
-    """Of FUSE, the user who has mounted it."""
+    """The user who has mounted it; None if it is not FUSE."""
 
 
 def mounted_on(path: Path) -> MountInfo | None:
-    """What is mounted on exactly this absolute path, on top; no request is sent to it. Raises OSError."""
+    """Return the top mount on exactly this absolute path. Raises OSError."""
     number = mount_id(path, os.O_NOFOLLOW)
     return next((entry for entry in mountinfo() if (entry.id, entry.path) == (number, os.fsencode(path))), None)
 
 
 def mount_id(path: Path, flags: int = 0) -> int:
-    """The number of the mount that a path is in, whose root is not asked. `flags` are open(2)'s. Raises OSError."""
+    """Return the number of the mount that a path is in. `flags` are those of open(2). Raises OSError."""
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
     try:
         return int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().partition("mnt_id:")[2].split()[0])
@@ -34,7 +34,10 @@ def mount_id(path: Path, flags: int = 0) -> int:
 
 
 def mountinfo() -> Iterator[MountInfo]:
-    """This process's mounts, see proc(5): 36 35 98:0 /root /mount\\040point options tags... - type source options."""
+    """Yield the mounts of this process.
+
+    A line, see proc(5): 36 35 98:0 /root /mount\\040point options tags... - type source options.
+    """
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         fields = line.split(b" ")
         major, minor = fields[2].split(b":")

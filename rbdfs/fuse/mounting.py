@@ -1,4 +1,4 @@
-"""/dev/fuse opened and mounted, and unmounted: as root by mount(2), else through fusermount3."""
+"""Opens /dev/fuse, mounts it and unmounts it: as root by mount(2), else through fusermount3."""
 
 import ctypes
 import errno
@@ -52,7 +52,7 @@ FUSERMOUNT3_REASONS = {
     "chmod u+s $(command -v fusermount3), and see that no_new_privs is off; a container needs --cap-add SYS_ADMIN",
     "mount failed: Invalid argument": BAD_OPTIONS,
 }
-"""Parts of what fusermount3 writes to stderr (libfuse's util/fusermount.c), and what to do about it."""
+"""Parts of fusermount3's messages on stderr (libfuse's util/fusermount.c), and what to do about them."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -101,7 +101,7 @@ class Mount:
         return found.device_number if found else None
 
     def reachable(self) -> Path | None:
-        """Where requests reach it now; None if nowhere: it is covered, or unmounted lazily while somebody uses it."""
+        """Return the path where it can be reached now; None if it is covered, or unmounted lazily while in use."""
         try:
             found = None if self.device < 0 or _is_disconnected(self.device) else self._find()
             path = Path(os.fsdecode(found.path)) if found else None
@@ -116,7 +116,7 @@ class Mount:
         """
         if self.device < 0:
             return
-        # Numbers are used again: once it is unmounted, another mount may have its path, its id and its device number.
+        # Numbers are reused: once it is unmounted, another mount may have its path, its id and its device number.
         was_disconnected = _is_disconnected(self.device)
         os.close(self.device)
         self.device = -1
@@ -127,7 +127,7 @@ class Mount:
             log.warning("cannot unmount %s: %s; free it with: %s", printable(self.mountpoint), reason, free)
 
     def _unmount(self) -> str | None:
-        """Why it stays mounted."""
+        """Return the reason if it stays mounted."""
         try:
             found = self._find()
             if found is None:  # somebody unmounted it lazily, and somebody still uses it
@@ -140,7 +140,7 @@ class Mount:
             return error.strerror or str(error)
 
     def _find(self) -> MountInfo | None:
-        """Where it is mounted now: its path changes if somebody renames a directory above it."""
+        """Find the mount now: its path changes if somebody renames a directory above it."""
         was = self._mounted
         return next((entry for entry in mountinfo() if was is not None and entry[:2] == was[:2]), None)
 
@@ -167,7 +167,7 @@ def mount(mountpoint: Path, options: FuseOptions) -> Mount:
 
 
 def _mount(path: bytes, options: FuseOptions) -> int:
-    """mount(2). The descriptor of /dev/fuse. Raises OSError with the reason in a sentence."""
+    """Call mount(2) and return the descriptor of /dev/fuse. Raises OSError with the reason in a sentence."""
     try:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -188,7 +188,7 @@ def _mount(path: bytes, options: FuseOptions) -> int:
 
 
 def _mount_by_fusermount3(path: bytes, options: FuseOptions) -> tuple[int, ExitStack]:
-    """The descriptor, and what ends the fusermount3 that auto_unmount has left running. Raises OSError as `_mount`."""
+    """Return the descriptor, and how to end the fusermount3 that auto_unmount leaves running. Raises as `_mount`."""
     if any(option.startswith(LABELS) for option in options.kernel):
         raise OSError(errno.EPERM, f"the options {', '.join(LABELS)} need root, and go without auto_unmount")
     if options.auto_unmount and os.geteuid() and "allow_other" not in options.kernel:
@@ -208,7 +208,7 @@ def _mount_by_fusermount3(path: bytes, options: FuseOptions) -> tuple[int, ExitS
         os.set_inheritable(descriptors[0], False)  # recv_fds passes no flags on (Python 3.11)
         os.set_blocking(descriptors[0], False)
         if options.auto_unmount:
-            # At the end of its socket it unmounts what is dead there and of the same type: perhaps somebody else's.
+            # When its socket closes it unmounts a dead mount of this type there, which may be somebody else's.
             stack.callback(_kill, process)
             return descriptors[0], stack.pop_all()
         return descriptors[0], ExitStack()
@@ -223,7 +223,7 @@ def _fusermount3_options(options: FuseOptions) -> str:
 
 
 def _fusermount3(arguments: list[str | bytes], socket_fd: int | None = None) -> subprocess.Popen[bytes]:
-    """Start it, out of reach of a Ctrl-C at our terminal. Raises OSError as `_mount`."""
+    """Start it in a session of its own, so that a Ctrl-C does not end it. Raises OSError as `_mount`."""
     environment = os.environ if socket_fd is None else os.environ | {"_FUSE_COMMFD": str(socket_fd)}
     try:
         return subprocess.Popen(
@@ -242,7 +242,7 @@ def _fusermount3(arguments: list[str | bytes], socket_fd: int | None = None) -> 
 
 
 def _said(process: subprocess.Popen[bytes]) -> str:
-    """Why it failed, in one line."""
+    """Return in one line why it failed."""
     _, stderr = process.communicate()
     said = os.fsdecode(stderr)
     for part, reason in FUSERMOUNT3_REASONS.items():
@@ -258,7 +258,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _unmount(path: bytes) -> str | None:
-    """Unmount lazily; why it failed. Raises OSError if fusermount3 cannot be run."""
+    """Unmount lazily. Return the reason if that fails. Raises OSError if fusermount3 cannot be run."""
     if os.geteuid() == 0:
         failed = _libc.umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW)
         return os.strerror(ctypes.get_errno()) if failed else None
@@ -267,12 +267,12 @@ def _unmount(path: bytes) -> str | None:
 
 
 def _is_disconnected(device: int) -> bool:
-    """Whether it was unmounted, or aborted in /sys/fs/fuse/connections."""
+    """Return whether it was unmounted, or aborted in /sys/fs/fuse/connections."""
     poll = select.poll()
     poll.register(device, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def printable(text: object) -> str:
-    """In one line, and in characters that every terminal and log takes."""
+    """Return a text in one line, with only characters that every terminal and log takes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))

@@ -1,27 +1,26 @@
-"""Names in RBD ↔ file names. RBD takes any bytes for the name of an image or a snapshot; a file system does not.
+"""Translates names in RBD to file names and back. RBD takes any bytes as a name; a file system does not.
 
-A file name is the name itself but for what cannot stand in one, or has a meaning here: `%`, `/`, `@` and NUL, and the
-first dot of `.`, `..` and `.snap`, are written as `%` and two digits of their hexadecimal code, and the empty name (a
-snapshot can have it) as a lone `%`. So each name has one file name and each file name one name, and `@` stands only
-where it separates an image from its snapshot.
+A file name is the name itself, except that `%`, `/`, `@` and NUL, and the first dot of `.`, `..` and `.snap`, are
+written as `%` and two hexadecimal digits, and the empty name (a snapshot can have it) as a lone `%`. So each name has
+one file name and each file name one name, and `@` only separates an image from its snapshot.
 
-What would be longer than a file name can be is abbreviated: its beginning, then `%~` and a hash of the whole name. It
-is found again by comparing with the names that there are.
+A name that would be too long is abbreviated: its beginning, then `%~` and a hash of the whole name. To find it again,
+compare with the names that exist.
 
-All are str as Python has file names: what is not UTF-8 is kept by surrogateescape.
+All are str as Python has file names: bytes that are not UTF-8 are kept by surrogateescape.
 """
 
 import hashlib
 import re
 
 NAME_BYTES = 255
-"""What a file name may have (NAME_MAX): the C library's readdir() has no room for more."""
+"""The longest file name (NAME_MAX): the C library's readdir() has no room for more."""
 
 SNAP = ".snap"
 """The hidden directory with the snapshots, as CephFS calls its own."""
 
 SEPARATOR = "@"
-"""Between an image and its snapshot; before a namespace, where it stands for nothing else."""
+"""Between an image and its snapshot; before a namespace if an image has the same name."""
 
 _ESCAPED = re.compile("[%/@\0]|^\\.(?=\\.?\\Z|snap\\Z)")
 _ESCAPE = re.compile("%([0-9A-F]{2})")
@@ -32,7 +31,7 @@ _UNIT = re.compile("%[0-9A-F]{2}|.", re.DOTALL)
 
 
 def encode(name: str, room: int = NAME_BYTES) -> str:
-    """The file name for a name, of `room` bytes at most."""
+    """Return the file name for a name, of `room` bytes at most."""
     if not name:
         return _EMPTY
     file_name = _ESCAPED.sub(lambda found: f"%{ord(found[0]):02X}", name)
@@ -43,19 +42,19 @@ def encode(name: str, room: int = NAME_BYTES) -> str:
 
 
 def decode(file_name: str, room: int = NAME_BYTES) -> str | None:
-    """The name that a file name stands for; None if it stands for none, or is abbreviated."""
+    """Return the name of a file name; None if it is not one that `encode` makes, or abbreviated."""
     name = "" if file_name == _EMPTY else _ESCAPE.sub(lambda found: chr(int(found[1], 16)), file_name)
-    # So there is only one file name for each: nothing else is found under a second one.
+    # Each name has only one file name: a second spelling finds nothing.
     return name if encode(name, room) == file_name else None
 
 
 def is_abbreviated(file_name: str) -> bool:
-    """Whether a file name is the beginning of a name that is too long, and its hash."""
+    """Return whether a file name may be the beginning of a name that is too long, and its hash."""
     return _ABBREVIATION in file_name
 
 
 def _beginning(file_name: str, room: int) -> str:
-    """As many whole characters and whole escapes as fit."""
+    """Return as many whole characters and whole escapes as fit."""
     taken = []
     for unit in _UNIT.findall(file_name):
         room -= _bytes(unit)

@@ -1,4 +1,4 @@
-"""What the entries of the file tree are: directories and files, each with an inode that is the same at every mount."""
+"""The entries of the file tree: directories and files, each with an inode that is the same at every mount."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ ROOT_INODE = 1
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """Where the pools are."""
+    """The directory of pools."""
 
     inode: int = ROOT_INODE
 
     @property
     def identity(self) -> object:
-        """What makes it this directory and no other, whatever its name."""
+        """What tells this node from all others, whatever its name."""
         return None
 
 
@@ -32,7 +32,6 @@ class ImageDirectory:
 
     @property
     def identity(self) -> object:
-        """See `Root.identity`."""
         return self.namespace
 
 
@@ -45,13 +44,12 @@ class SnapDirectory:
 
     @property
     def identity(self) -> object:
-        """See `Root.identity`."""
         return SNAP, self.namespace
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDirectory:
-    """`.snap/IMAGE`: the snapshots of an image. `spec` is what the image was called when it was looked up."""
+    """`.snap/IMAGE`: the snapshots of an image. `spec` is the image's name when it was looked up."""
 
     inode: int
     ref: ImageRef
@@ -59,7 +57,6 @@ class SnapshotDirectory:
 
     @property
     def identity(self) -> object:
-        """See `Root.identity`."""
         return SNAP, self.ref
 
 
@@ -68,7 +65,7 @@ Directory = Root | ImageDirectory | SnapDirectory | SnapshotDirectory
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image's HEAD, or a snapshot. `spec` is what it was called when it was looked up."""
+    """An image's HEAD, or a snapshot. `spec` is its name when it was looked up."""
 
     inode: int
     ref: ImageRef
@@ -76,7 +73,6 @@ class ImageFile:
 
     @property
     def identity(self) -> object:
-        """What makes it this file and no other, whatever its name."""
         return self.ref
 
 
@@ -84,7 +80,7 @@ Node = Directory | ImageFile
 
 
 def parent_of(directory: Directory) -> Directory:
-    """What `..` is."""
+    """Return the directory that `..` is."""
     match directory:
         case ImageDirectory(namespace=namespace) if namespace.name:
             return pool_directory(namespace.pool)
@@ -97,33 +93,33 @@ def parent_of(directory: Directory) -> Directory:
 
 
 def pool_directory(pool: Pool) -> ImageDirectory:
-    """A pool, which is its default namespace."""
+    """Return the directory of a pool, which is that of its default namespace."""
     return ImageDirectory(_inode("pool", str(pool.id)), Namespace(pool))
 
 
 def namespace_directory(namespace: Namespace) -> ImageDirectory:
-    """A namespace that is not the default one."""
+    """Return the directory of a namespace that is not the default one."""
     return ImageDirectory(_inode("namespace", str(namespace.pool.id), namespace.name), namespace)
 
 
 def snap_directory(namespace: Namespace) -> SnapDirectory:
-    """The `.snap` of a pool or a namespace."""
+    """Return the `.snap` of a pool or a namespace."""
     return SnapDirectory(_inode("snap", str(namespace.pool.id), namespace.name), namespace)
 
 
 def snapshot_directory(ref: ImageRef, spec: ImageSpec) -> SnapshotDirectory:
-    """An image in `.snap`."""
+    """Return the directory of an image in `.snap`."""
     return SnapshotDirectory(_inode("snapshots", *_identity(ref)), ref, spec)
 
 
 def image_file(ref: ImageRef, spec: ImageSpec) -> ImageFile:
-    """An image, or a snapshot."""
+    """Return the file of an image or a snapshot."""
     kind = "image" if ref.snapshot_id is None else "snapshot"
     return ImageFile(_inode(kind, *_identity(ref)), ref, spec)
 
 
 def _identity(ref: ImageRef) -> list[str]:
-    """Different for all images and snapshots of a kind: an id has no `:`."""
+    """Return what tells an image or a snapshot from all others of its kind: an id has no `:`."""
     identity = [str(ref.namespace.pool.id), ref.id]
     if ref.namespace.name:
         identity.append(f"namespace:{ref.namespace.name}")
@@ -135,10 +131,10 @@ def _identity(ref: ImageRef) -> list[str]:
 
 
 def _inode(*identity: str) -> int:
-    """63 bits of a hash of what never changes, so that backup programs see the same inode at the next mount.
+    """Hash what never changes to 63 bits, so that backup programs see the same inode at the next mount.
 
-    Two of a million images have the same one with a probability of 1 in 18 million; then the second of them that is
-    looked up gets EIO (`Tree.remember`).
+    Two of a million images have the same inode with a probability of 1 in 18 million; then a lookup of the second one
+    gets EIO (`Tree.add_lookup`).
     """
     digest = hashlib.blake2b("\0".join(identity).encode(errors="surrogateescape"), digest_size=8).digest()
     return max(2, int.from_bytes(digest, "little") >> 1)

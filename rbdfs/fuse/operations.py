@@ -38,7 +38,7 @@ BY_HANDLE = frozenset({"readdir", "releasedir", "flush", "release"})
 
 
 class OpenedBy(NamedTuple):
-    """Whose open() a handle is."""
+    """The open() behind a handle."""
 
     image: ImageSpec
     process: Process
@@ -74,9 +74,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         self.troubles = troubles
         self._handles = itertools.count(1)
         self.files: dict[int, OpenImage] = {}
-        """What is open, by handle: device.py reads from it."""
+        """Open files, by handle: device.py reads from them."""
         self.opened: dict[int, OpenedBy] = {}
-        """Who has opened it, by handle: for operators."""
+        """The open() behind each handle, for operators."""
         self._listings: dict[int, Listing] = {}
         self._inodes: dict[int, int] = {}
         """Of files and directories, by handle."""
@@ -91,7 +91,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
         return self.attributes.entry(node, known)
 
     def forget_inodes(self, lookups: Iterable[tuple[int, int]]) -> None:
-        """The kernel has dropped these inodes from its caches: (inode, how many of its lookups it takes back)."""
+        """Lower the lookup counts of inodes that the kernel has dropped from its caches: (inode, lookups)."""
         for inode, count in lookups:
             if self._tree.forget(inode, count):
                 self.attributes.forget(inode)
@@ -127,7 +127,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
 
     @answered_by_inode
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open an image. The kernel keeps the pages and the size that it has only if nobody can have written since."""
+        """Open an image. The kernel keeps its pages and the size only if nobody can have written since."""
         node = self._tree.node(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY or not isinstance(node, ImageFile):
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -143,20 +143,23 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
 
     @answered
     async def flush(self, handle: int) -> None:
-        """A close(): an error if the image is gone, which cp, dd and cat notice."""
+        """Check at a close() whether the image is gone: cp, dd and cat notice the error."""
         await self.files[handle].flush()
 
     @answered
     async def release(self, handle: int) -> None:
-        """The last descriptor of an open() was closed."""
+        """Close a file: its last descriptor was closed."""
         self._inodes.pop(handle, None)
         self.opened.pop(handle, None)
         await self._images.close(self.files.pop(handle))
 
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """A fact of an image. Of what `ls -l` wants to know (security.selinux, system.posix_acl_access) the cluster is
-        not asked, and after ENOTSUP `ls` asks no other file. After ENOSYS the kernel would ask for no attribute."""
+        """Return an attribute of an image.
+
+        The cluster is not asked for those that `ls -l` wants (security.selinux, system.posix_acl_access): after
+        ENOTSUP `ls` asks no other file. After ENOSYS the kernel would ask for no attribute at all.
+        """
         if not name.startswith(b"user."):
             raise pyfuse3.FUSEError(errno.ENOTSUP)
         node = self._tree.node(inode)
@@ -166,7 +169,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
 
     @answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        """The names of all that can be such a name; a key of the image's own metadata can be too long."""
+        """Return the names of all attributes. A key of the image's own metadata that is no valid name is left out."""
         node = self._tree.node(inode)
         facts = await self._catalog.attribute_names(node.ref) if isinstance(node, ImageFile) else ()
         names = [XATTR_PREFIX + os.fsencode(fact) for fact in facts]
@@ -174,7 +177,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
 
     @answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """The raw capacity of the cluster."""
+        """Return the raw capacity of the cluster."""
         usage = await self._catalog.usage()
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = answer.f_frsize = BLOCK_BYTES

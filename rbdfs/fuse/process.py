@@ -1,4 +1,4 @@
-"""Who has sent a request of the kernel."""
+"""The process behind a request of the kernel, from /proc."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ class Process(NamedTuple):
 
 
 def process_of(thread: int) -> Process:
-    """The process of a thread: that is what the kernel names."""
+    """Return the process of a thread: the kernel names only the thread."""
     try:
         status = Path(f"/proc/{thread}/status").read_text(errors="backslashreplace")
         found = re.search(r"^Tgid:\t(\d+)$", status, re.MULTILINE)
@@ -27,7 +27,7 @@ def process_of(thread: int) -> Process:
 
 
 def is_killed(thread: int) -> bool:
-    """Whether a thread has SIGKILL pending: of any deadly signal the kernel makes that (complete_signal)."""
+    """Return whether a thread has SIGKILL pending: the kernel turns any deadly signal into it (complete_signal)."""
     try:
         status = Path(f"/proc/{thread}/status").read_text(errors="backslashreplace")
     except OSError:

@@ -1,4 +1,4 @@
-"""The few structures of the kernel's FUSE protocol (linux/fuse.h) that are read and written here. Pure.
+"""The few structures of the kernel's FUSE protocol (linux/fuse.h) that rbdfs reads and writes. Pure.
 
 Integers are in the byte order of the machine. Each message is one request or one reply, and begins with its length.
 """
@@ -39,22 +39,22 @@ OPERATIONS: Final = {
     READDIRPLUS: "readdir",
     LSEEK: "seek",
 }
-"""What operations are called, here, in operations.py and for operators (enum fuse_opcode): those that are answered."""
+"""The names of the operations that are answered, in operations.py and for operators (enum fuse_opcode)."""
 
 ERRNO_MAX: Final = 511
-"""The kernel takes no reply with an error beyond it, and the request would stay unanswered (fuse_dev_do_write)."""
+"""The kernel refuses a reply with a larger error, and the request would stay unanswered (fuse_dev_do_write)."""
 
 HEADER_BYTES: Final = 40
-"""Of each request: fuse_in_header."""
+"""The header of each request: fuse_in_header."""
 
 READ_BYTES: Final = 80
 LSEEK_BYTES: Final = 64
-"""Of a whole request of these kinds, header included."""
+"""The size of a whole request of these kinds, with its header."""
 
 REQUEST: Final = struct.Struct("=IIQQ8xI4xQQI12xI")
 """fuse_in_header (length, opcode, unique, inode, and after uid and gid the thread that asks) and fuse_read_in: handle,
-offset, count of bytes, and the flags that the file is open with. fuse_lseek_in has its whence in place of the count. Of
-a request of another kind, or one that is shorter, only the header's fields mean anything."""
+offset, count of bytes, and the flags that the file is open with. fuse_lseek_in has its whence in place of the count. In
+a shorter request, or one of another kind, only the header's fields are valid."""
 
 REPLY: Final = struct.Struct("=IiQ")
 """fuse_out_header: length, 0 or a negated errno, unique."""
@@ -63,12 +63,12 @@ LSEEK_OUT: Final = struct.Struct("=Q")
 """fuse_lseek_out: the offset that was found."""
 
 REPLY_BYTES_MAX: Final = 320
-"""Of a reply that carries no data of a size that its request names; the largest is fuse_statx_out, with 304."""
+"""The largest reply without data whose size the request names: fuse_statx_out has 304."""
 
 NOTIFY_INVAL_INODE: Final = 2
 _NOTIFY_INVAL_INODE = struct.Struct("=IiQQqq")
 _ATTRIBUTES_ALONE: Final = -1
-"""As an offset: no page is dropped, and so no lock of the inode or of a page is taken (fuse_reverse_inval_inode)."""
+"""An offset with which the kernel drops no page, and so takes no lock (fuse_reverse_inval_inode)."""
 
 _INTERRUPT_IN = struct.Struct("=Q")
 _FORGET_IN = struct.Struct("=Q")
@@ -81,7 +81,7 @@ _SIZE_AT = {
     LISTXATTR: HEADER_BYTES,
     IOCTL: HEADER_BYTES + 28,
 }
-"""Where a request says how many bytes its reply may carry: fuse_read_in, fuse_getxattr_in, fuse_ioctl_in."""
+"""The place in a request of the size of its reply: fuse_read_in, fuse_getxattr_in, fuse_ioctl_in."""
 _SIZE = struct.Struct("=I")
 
 _PARALLEL_DIROPS: Final = 1 << 18
@@ -92,21 +92,21 @@ _MAX_BACKGROUND_AT = REPLY.size + 16
 
 
 class Limits(NamedTuple):
-    """What INIT's reply tells the kernel of its limits (fuse_init_out)."""
+    """The limits for the kernel in INIT's reply (fuse_init_out)."""
 
     max_background: int
-    """Readahead requests and direct reads of libaio that the kernel keeps under way at once."""
+    """Readahead requests and direct reads of libaio that the kernel has in flight at once."""
     congestion_threshold: int
-    """From how many of them on it holds back."""
+    """The number of them from which on it reads nothing ahead."""
     max_write: int
-    """Bytes that one WRITE may carry; the kernel refuses to be read with a buffer that does not hold so much."""
+    """Bytes of one WRITE; the kernel refuses a read of the device with a buffer that is too small for one."""
 
 
 def set_limits(init_reply: bytearray, limits: Limits) -> None:
-    """Amend INIT's reply; an error, or one of a protocol before 7.13, stays as it is.
+    """Set the limits in INIT's reply, unless it is an error or of a protocol before 7.13.
 
-    The kernel may also look up and list in a directory many times at once, which pyfuse3 does not ask for: one name
-    that takes its time would hold up all others.
+    Also allow many lookups and listings in a directory at once, which pyfuse3 does not ask for: else one slow name
+    would delay all others.
     """
     if len(init_reply) >= _MAX_BACKGROUND_AT + _MAX_BACKGROUND.size:
         _MAX_BACKGROUND.pack_into(init_reply, _MAX_BACKGROUND_AT, *limits)
@@ -115,19 +115,19 @@ def set_limits(init_reply: bytearray, limits: Limits) -> None:
 
 
 def parse_interrupt(request: bytes | bytearray, length: int) -> int | None:
-    """Which request an INTERRUPT is about, by its unique; None if it is cut off."""
+    """Return the unique of the request that an INTERRUPT is about; None if it is cut off."""
     if length < HEADER_BYTES + _INTERRUPT_IN.size:
         return None
     return int(_INTERRUPT_IN.unpack_from(request, HEADER_BYTES)[0])
 
 
 def invalidate_attributes(inode: int) -> bytes:
-    """What has the kernel ask for an inode's attributes before it uses them again (fuse_notify_inval_inode_out)."""
+    """Return the message that makes the kernel drop an inode's attributes (fuse_notify_inval_inode_out)."""
     return _NOTIFY_INVAL_INODE.pack(_NOTIFY_INVAL_INODE.size, NOTIFY_INVAL_INODE, 0, inode, _ATTRIBUTES_ALONE, 0)
 
 
 def reply_bytes_max(opcode: int, request: bytes | bytearray, length: int) -> int:
-    """How many bytes the reply to a request can have."""
+    """Return how many bytes the reply to a request can have."""
     at = _SIZE_AT.get(opcode)
     if at is None or length < at + _SIZE.size:
         return REPLY_BYTES_MAX
@@ -135,14 +135,14 @@ def reply_bytes_max(opcode: int, request: bytes | bytearray, length: int) -> int
 
 
 def clamp_reply(opcode: int, request: bytearray, length: int, most: int) -> None:
-    """Have READDIR or READDIRPLUS ask for no more than `most` bytes; the kernel asks again for the rest."""
+    """Limit what READDIR or READDIRPLUS asks for to `most` bytes; the kernel asks again for the rest."""
     if opcode in (READDIR, READDIRPLUS) and length >= _SIZE_AT[opcode] + _SIZE.size:
         (size,) = _SIZE.unpack_from(request, _SIZE_AT[opcode])
         _SIZE.pack_into(request, _SIZE_AT[opcode], min(size, most))
 
 
 def parse_forget(opcode: int, inode: int, request: bytes | bytearray, length: int) -> Iterator[tuple[int, int]]:
-    """What a FORGET or a BATCH_FORGET takes back: (inode, how many lookups). Of one that is cut off, what is whole."""
+    """Yield the (inode, lookups) of a FORGET or a BATCH_FORGET; if it is cut off, those that are whole."""
     if opcode == FORGET:
         if length >= HEADER_BYTES + _FORGET_IN.size:
             yield inode, _FORGET_IN.unpack_from(request, HEADER_BYTES)[0]

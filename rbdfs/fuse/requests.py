@@ -1,4 +1,4 @@
-"""What the kernel waits for, how long its requests have taken, and how they have failed. Pure."""
+"""The requests that wait for an answer, and counts of those that had one: durations, bytes, errors. Pure."""
 
 import errno
 from bisect import bisect_left
@@ -14,46 +14,46 @@ default of --osd-timeout."""
 
 
 class WaitingRequest(NamedTuple):
-    """A request without an answer yet. Made as a plain tuple where reads come: that costs half as much."""
+    """A request without an answer yet. For reads it is a plain tuple, which costs half as much."""
 
     began: float
-    """In the time of time.monotonic()."""
+    """As time.monotonic() has it."""
     opcode: int
     inode: int
     offset: int
-    """In the image, of a read or a seek."""
+    """The image offset of a read or a seek."""
     thread: int
-    """Who asks, by the id that /proc has; 0 if it is in a namespace that we do not see, or nobody waits."""
+    """The thread that asks, as in /proc; 0 if it is in a namespace that we do not see, or if none waits."""
     page_cache_bytes: int = 0
-    """Bytes that the page cache asks for from the offset on."""
+    """Bytes from the offset on that are for the page cache."""
 
 
 class Latency:
-    """How long the requests of one kind have taken."""
+    """The durations of the requests of one kind."""
 
     __slots__ = ("buckets", "seconds")
 
     def __init__(self) -> None:
         self.buckets = [0] * (len(BUCKET_SECONDS) + 1)
-        """How many were in each; the last one has no bound."""
+        """Requests in each bucket; the last bucket has no bound."""
         self.seconds = 0.0
-        """All of them together."""
+        """The sum."""
 
 
 class Requests:
-    """Kept by the device, which counts reads that succeed by itself: a call for each would cost more than the count."""
+    """All requests of a mount. The device counts successful reads itself: a call for each would cost more."""
 
     def __init__(self) -> None:
         self.waiting: dict[int, WaitingRequest | tuple[float, int, int, int, int, int]] = {}
-        """By the kernel's number for it, the oldest first."""
+        """By unique, the kernel's number, the oldest first."""
         self.latency: defaultdict[int, Latency] = defaultdict(Latency)
-        """By opcode; those that failed are counted, too."""
+        """By opcode, with those that failed."""
         self.read_bytes = 0
         self.errors = Counter({(READ, errno.EIO): 0, (READ, errno.ETIMEDOUT): 0})
-        """By opcode and errno. A series that begins with its first error would hide that one from rate()."""
+        """By opcode and errno. Some begin at 0: Prometheus's rate() does not see the first count of a new series."""
 
     def end(self, unique: int, error: int, now: float) -> None:
-        """A request has its answer; `error` is an errno, or 0. Nothing happens if it had one before."""
+        """Count a request that has its answer; `error` is an errno, or 0. Nothing happens if it had one before."""
         if (waiting := self.waiting.pop(unique, None)) is not None:
             began, opcode, *_ = waiting
             latency = self.latency[opcode]
@@ -63,5 +63,5 @@ class Requests:
                 self.errors[opcode, error] += 1
 
     def oldest(self, count: int) -> list[WaitingRequest]:
-        """Those that wait for the longest, the oldest first."""
+        """Return the requests that have waited longest, the oldest first."""
         return [WaitingRequest(*each) for each in islice(self.waiting.values(), count)]

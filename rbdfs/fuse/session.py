@@ -25,18 +25,18 @@ READ_AHEAD_KIB = 4096
 much as a request can carry, 1 MiB (256 pages)."""
 
 PROBE_XATTR = "user.rbdfs.watchdog"
-"""An extended attribute that no file has: the kernel keeps no answers to that."""
+"""An extended attribute that no file has: the kernel does not cache the answer."""
 
 MIN_TASKS = 16
-"""Worker tasks that stay: pyfuse3 ends idle ones above this number and starts new ones, for each request again."""
+"""Worker tasks that stay: above this number pyfuse3 ends an idle task and starts a new one for each request."""
 
 MAX_TASKS = 1024
-"""Requests that pyfuse3 serves at once; reads and seeks are not among them."""
+"""Requests that pyfuse3 serves at once, without reads and seeks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What is mounted, and both who answer."""
+    """A mount, and the device that answers its requests."""
 
     mount: mounting.Mount
     device: Device
@@ -45,7 +45,7 @@ class Session:
 
 @contextmanager
 def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> Iterator[Session]:
-    """Mount, and unmount at the end, lazily: a reader that waits then gets an error. Raises MountError."""
+    """Mount, and at the end unmount lazily: readers that wait get an error. Raises MountError."""
     mount = mounting.mount(mountpoint, options)
     try:
         device = Device(
@@ -75,8 +75,8 @@ def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> I
 async def serve(session: Session, ready: Callable[[], None], stopping: Callable[[], object]) -> None:
     """Answer the kernel until the file system is unmounted.
 
-    Calls `ready` as soon as it is usable, and `stopping` when no more requests are taken: what was begun may wait for
-    the cluster.
+    Calls `ready` as soon as it is usable, and `stopping` when it takes no more requests: those that have begun may
+    still wait for the cluster.
     """
     async with trio.open_nursery() as nursery:
 
@@ -101,13 +101,13 @@ async def serve(session: Session, ready: Callable[[], None], stopping: Callable[
 
 
 def ask(mount: mounting.Mount) -> None:
-    """Ask the mount what goes through all of it and to no cluster: kernel, device, pyfuse3, operations.
+    """Check that the mount answers, with a request through kernel, device, pyfuse3 and operations, but to no cluster.
 
-    Blocks until there is an answer; call it in a worker thread. Raises MountError if it is not the right one.
+    Blocks until there is an answer; call it in a worker thread. Raises MountError if the answer is wrong.
     """
     path = mount.reachable()
     if path is None:
-        trio.from_thread.run_sync(lambda: None)  # who still has files open is served
+        trio.from_thread.run_sync(lambda: None)  # it is unmounted, and only open files are served
         return
     reason = "there is such an attribute"
     try:
@@ -120,7 +120,7 @@ def ask(mount: mounting.Mount) -> None:
 
 
 def _tune(mount: mounting.Mount) -> None:
-    """Have the kernel read ahead further, which only root may set."""
+    """Raise the kernel's own readahead, which only root may do."""
     number = mount.device_number()
     if number is None:
         log.warning("%s was unmounted before it was used", mount.mountpoint)

@@ -1,13 +1,13 @@
 """The file tree: pools and namespaces as directories, images and snapshots as files.
 
     POOL/IMAGE, POOL/NAMESPACE/IMAGE       HEAD
-    POOL/IMAGE@SNAPSHOT                    a snapshot: found by name, in no listing
-    POOL/.snap/IMAGE/SNAPSHOT              the same file, listed; `.snap` itself is in no listing, as in CephFS
-    POOL/@NAMESPACE                        the namespace again: listed so where an image has its name
+    POOL/IMAGE@SNAPSHOT                    a snapshot: found by name, not listed
+    POOL/.snap/IMAGE/SNAPSHOT              the same file, listed; `.snap` itself is not listed, as in CephFS
+    POOL/@NAMESPACE                        the namespace again: listed so if an image has its name
 
-The kernel names a file by its inode once it has looked it up, until it forgets it (lookup counts); this keeps what
-the inode stands for meanwhile. Names are looked up in the cluster each time: what others rename, make or remove shows
-as soon as the kernel asks again (`attributes.ENTRY_SECONDS`).
+The kernel names a file by its inode from its lookup until it forgets it (lookup counts); this keeps the node of each
+such inode. Each lookup asks the cluster: what others rename, make or remove shows as soon as the kernel asks again
+(`attributes.ENTRY_SECONDS`).
 """
 
 import errno
@@ -47,7 +47,7 @@ NAMESPACE_NAME_BYTES = names.NAME_BYTES - len(names.SEPARATOR)
 """Room for `@` before it."""
 
 Stat = ImageStat | int
-"""An image's facts; of a directory, when what it lists last changed, in nanoseconds since the epoch."""
+"""The attributes of an image; for a directory, when its entries last changed, in nanoseconds since the epoch."""
 
 
 class DirEntry(NamedTuple):
@@ -59,7 +59,7 @@ class DirEntry(NamedTuple):
 
 
 class Tree:
-    """What the inodes that the kernel knows stand for."""
+    """The nodes of all inodes that the kernel knows."""
 
     def __init__(self, catalog: Catalog, mounted_ns: int) -> None:
         self._catalog = catalog
@@ -68,23 +68,23 @@ class Tree:
         self._lookups: dict[int, int] = {}
 
     def node(self, inode: int) -> Node:
-        """What an inode stands for; the kernel asks only for those that it has looked up."""
+        """Return the node of an inode; the kernel asks only for those that it has looked up."""
         return self._nodes[inode]
 
     def image_of(self, inode: int) -> ImageSpec | None:
-        """Which image an inode is, or lists the snapshots of."""
+        """Return the image that an inode is, or lists the snapshots of."""
         node = self._nodes.get(inode)
         return node.spec if isinstance(node, ImageFile | SnapshotDirectory) else None
 
     def directory(self, inode: int) -> Directory:
-        """As `node`, of a directory. Raises RbdfsError (ENOTDIR) for a file."""
+        """As `node`, for a directory. Raises RbdfsError (ENOTDIR) for a file."""
         node = self._nodes[inode]
         if isinstance(node, ImageFile):
             raise RbdfsError(f"{node.spec} is not a directory", errno.ENOTDIR)
         return node
 
     async def lookup(self, parent: Directory, name: str) -> Node:
-        """The entry of a directory. Raises RbdfsError: ENOENT, EACCES for a pool that the key may not read."""
+        """Find an entry of a directory. Raises RbdfsError: ENOENT, EACCES for a pool that the key may not read."""
         if name in {".", ".."}:
             return parent if name == "." else parent_of(parent)
         match parent:
@@ -100,7 +100,7 @@ class Tree:
                 return await self._snapshot(ref, spec, name)
 
     async def stat(self, node: Node) -> Stat:
-        """What the cluster says now. Raises RbdfsError: ENOENT for what is gone."""
+        """Ask the cluster about a node. Raises RbdfsError: ENOENT if it is gone."""
         match node:
             case Root():
                 return self._mounted_ns
@@ -115,10 +115,10 @@ class Tree:
                 return self._mounted_ns if changed_ns is None else changed_ns
 
     async def stat_all(self, nodes: Iterable[Node]) -> Mapping[int, Stat | None]:
-        """What the cluster says now of many nodes of one directory, by inode. Does not raise.
+        """Ask the cluster about many nodes of one directory. Returns the answers by inode; does not raise.
 
-        What is gone is left out. None is for what is not known, and for directories of snapshots: most who list `.snap`
-        do not want to know when each image had its newest snapshot.
+        Nodes that are gone are left out. Those that are not known are None, and so are directories of snapshots: most
+        programs that list `.snap` do not need the time of each image's newest snapshot.
         """
         files: dict[ImageRef, int] = {}
         facts: dict[int, Stat | None] = {}
@@ -141,7 +141,7 @@ class Tree:
         return facts | {files[ref]: each for ref, each in found.items()}
 
     async def entries(self, directory: Directory) -> list[DirEntry]:
-        """All entries of a directory, sorted by name."""
+        """Return all entries of a directory, sorted by name."""
         match directory:
             case Root():
                 found = [
@@ -164,9 +164,9 @@ class Tree:
         return sorted(found, key=lambda entry: entry.name)
 
     def add_lookup(self, node: Node) -> None:
-        """The kernel is told of a node: its lookup count goes up by one.
+        """Raise the lookup count of a node by one: the kernel gets its inode.
 
-        Raises RbdfsError (EIO) where it knows another node by the same inode: one image must never answer for another.
+        Raises RbdfsError (EIO) if it knows another node by the same inode: one image must never answer for another.
         """
         known = self._nodes.get(node.inode, node)
         if known.identity != node.identity:
@@ -175,7 +175,7 @@ class Tree:
         self._lookups[node.inode] = self._lookups.get(node.inode, 0) + 1
 
     def forget(self, inode: int, lookups: int) -> bool:
-        """The kernel takes back `lookups` of its lookups. Returns whether it does not know the inode any more."""
+        """Lower the lookup count of an inode. Returns whether the kernel does not know the inode any more."""
         left = self._lookups.get(inode, 0) - lookups
         if left > 0:
             self._lookups[inode] = left
@@ -238,7 +238,7 @@ async def _find(
     all_names: Callable[[], Awaitable[Mapping[str, T]]],
     room: int = names.NAME_BYTES,
 ) -> T:
-    """What has the name that a file name stands for. Raises RbdfsError: ENOENT."""
+    """Return what has the name that a file name stands for. Raises RbdfsError: ENOENT."""
     _, found = await _find_named(file_name, by_name, all_names, room)
     return found
 

@@ -1,4 +1,4 @@
-"""Troubles in the log, each with the image that has it."""
+"""Logs troubles, each with the image that has it."""
 
 import logging
 import time
@@ -15,10 +15,10 @@ from rbdfs.spec import ImageSpec
 log = logging.getLogger(__name__)
 
 TELL_SECONDS = 5.0
-"""How often is looked whether a trouble is over."""
+"""How often to check whether a trouble is over."""
 
 LAST_ERRORS: Final = 20
-"""How many are remembered."""
+"""Errors to keep for `rbdfs status`."""
 
 
 class LastError(NamedTuple):
@@ -36,14 +36,14 @@ class TroubleLog:
     def __init__(self, troubles: Troubles, image_of: Callable[[int], ImageSpec | None]) -> None:
         """`image_of` says which image an inode is."""
         self.are_open = False
-        """Whether anything is wrong: only then `worked` must be called, so that a read that works costs one test."""
+        """Whether anything is wrong. If not, `worked` need not be called, so that a successful read costs one test."""
         self.last: deque[LastError] = deque(maxlen=LAST_ERRORS)
         """The oldest first."""
         self._troubles = troubles
         self._image_of = image_of
 
     def failed(self, inode: int | None, operation: str, error: Exception) -> None:
-        """An operation has failed; with a traceback, if the error is not one of ours."""
+        """Note that an operation has failed. Logs a traceback if the error is not one of ours."""
         now = trio.current_time()
         if isinstance(error, RbdfsError):
             text = self._troubles.fail(error.errno, inode, operation, str(error), now)
@@ -56,15 +56,15 @@ class TroubleLog:
             self._log(Line(logging.ERROR, text, inode), None if isinstance(error, RbdfsError) else error)
 
     def worked(self, inode: int | None, operation: str) -> None:
-        """An operation has worked, while there is a trouble."""
+        """Note that an operation has worked while there is a trouble."""
         self._troubles.work(inode, operation, trio.current_time())
 
     def summary(self) -> str:
-        """What is wrong now, in one line; empty if nothing is."""
+        """Return in one line what is wrong now; empty if nothing is."""
         return self._troubles.summary()
 
     async def tell(self) -> None:
-        """Log what goes on and what is over, until cancelled."""
+        """Log troubles that go on and troubles that are over, until cancelled."""
         while True:
             await trio.sleep(TELL_SECONDS)
             for line in self._troubles.due(trio.current_time()):

@@ -1,7 +1,7 @@
 """One line for each new trouble and one when it is over, however many requests fail in between. Policy alone.
 
-It is told of each error and, while there is a trouble, of what works, and says what should be logged. A trouble is
-errors of one kind with one file or directory. It is over when all operations that have failed have worked again.
+It takes each error and, while there is a trouble, each success, and returns what to log. A trouble is all errors of one
+kind with one file or directory. It is over when all operations that have failed have worked again.
 """
 
 import errno
@@ -12,25 +12,25 @@ from typing import Final, NamedTuple
 from rbdfs.errors import NOTICE
 
 FILES_MAX: Final = 8
-"""Troubles of one kind that are told one by one. What the other files and directories have of it is one more."""
+"""Troubles of one kind that are logged one by one. All other files and directories with it are one more trouble."""
 
 REPEAT_SECONDS: Final = 60.0
-"""How often a trouble that goes on is told."""
+"""How often a trouble that goes on is logged."""
 
 SETTLE_SECONDS: Final = 10.0
-"""How long a trouble has to be over before it is told so: where one placement group is dead, other reads work."""
+"""How long a trouble must be over before that is logged: if one placement group is dead, other reads work."""
 
 SILENT_SECONDS: Final = 300.0
-"""After so long without an error a trouble is let go of, also if nobody has tried again."""
+"""How long after its last error a trouble ends, even if nobody has tried again."""
 
 
 class Line(NamedTuple):
-    """What should be logged."""
+    """A line for the log."""
 
     level: int
     text: str
     inode: int | None
-    """Of the file or directory; None of many."""
+    """Of the file or directory; None for many."""
 
 
 @dataclass(slots=True)
@@ -41,29 +41,29 @@ class _Trouble:
     began: float
     failed_at: float
     """When there was an error last."""
-    told_at: float
+    logged_at: float
     failing: set[str]
     """Operations that have failed and have not worked since."""
     worked_at: float | None = None
     """Since when all of them work."""
     errors: int = 1
-    told: int = 1
+    logged: int = 1
 
 
 class Troubles:
-    """What is wrong now. Times are in seconds, of any clock that never goes back."""
+    """All troubles that are not over. Times are in seconds of any clock that never goes back."""
 
     def __init__(self, osd_timeout: float = 0.0) -> None:
-        """`osd_timeout` is how long a request waits for an answer: one that began in a trouble can end so late."""
+        """`osd_timeout` is how long a request waits for an answer: one that began in a trouble can fail so late."""
         self.are_open = False
-        """Whether anything is wrong: only then `work` must be called."""
+        """Whether anything is wrong. If not, `work` need not be called."""
         self._osd_timeout = osd_timeout
         self._open: dict[tuple[int | str, int | None], _Trouble] = {}
 
     def fail(self, kind: int | str, inode: int | None, operation: str, sentence: str, now: float) -> str | None:
-        """Count an error; `kind` is its errno, or whatever tells it from others.
+        """Count an error; `kind` is its errno, or what else tells it from others.
 
-        Returns what should be logged at once: nothing, if it is of a trouble that has been told.
+        Returns what to log at once: None if the trouble is in the log already.
         """
         key = kind, inode
         is_one_of_many = key not in self._open and sum(each == kind for each, _ in self._open) >= FILES_MAX
@@ -82,7 +82,7 @@ class Troubles:
         return None
 
     def work(self, inode: int | None, operation: str, now: float) -> None:
-        """Take notice of an operation that has worked."""
+        """Note that an operation has worked."""
         for (_, where), trouble in self._open.items():
             if where == inode and where is not None and trouble.worked_at is None:
                 trouble.failing.discard(operation)
@@ -90,7 +90,7 @@ class Troubles:
                     trouble.worked_at = now
 
     def due(self, now: float) -> list[Line]:
-        """What should be logged by now. Call every few seconds."""
+        """Return what to log now. Call every few seconds."""
         lines = []
         for (kind, inode), trouble in list(self._open.items()):
             quiet = now - trouble.failed_at - (self._osd_timeout if kind == errno.ETIMEDOUT else 0.0)
@@ -99,11 +99,11 @@ class Troubles:
             elif quiet >= SILENT_SECONDS:
                 text = f"no error for {now - trouble.failed_at:.0f} s, after {_errors(trouble)}: {trouble.first}"
             else:
-                if trouble.errors > trouble.told and now - trouble.told_at >= REPEAT_SECONDS:
-                    more, seconds = trouble.errors - trouble.told, now - trouble.told_at
+                if trouble.errors > trouble.logged and now - trouble.logged_at >= REPEAT_SECONDS:
+                    more, seconds = trouble.errors - trouble.logged, now - trouble.logged_at
                     text = f"{more:,} more in the last {seconds:.0f} s: {trouble.last}"
                     lines.append(Line(logging.ERROR, text, inode))
-                    trouble.told, trouble.told_at = trouble.errors, now
+                    trouble.logged, trouble.logged_at = trouble.errors, now
                 continue
             del self._open[kind, inode]
             lines.append(Line(NOTICE, text, inode))
@@ -111,7 +111,7 @@ class Troubles:
         return lines
 
     def summary(self) -> str:
-        """What is wrong now, in one line; empty if nothing is."""
+        """Return in one line what is wrong now; empty if nothing is."""
         if not self._open:
             return ""
         latest = max(self._open.values(), key=lambda trouble: trouble.failed_at)

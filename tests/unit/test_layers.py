@@ -30,6 +30,8 @@ PURE = (
     "ceph/metadata/versioned.py",
     "fuse/mount_options.py",
     "fuse/protocol.py",
+    "fuse/requests.py",
+    "fuse/timeouts.py",
     "fuse/troubles.py",
     "image/holes.py",
     "image/striper.py",
