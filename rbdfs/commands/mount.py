@@ -29,7 +29,7 @@ from rbdfs.fuse.attributes import FileAttributes
 from rbdfs.fuse.mount_options import FuseOptions
 from rbdfs.fuse.mounting import check_mountpoint
 from rbdfs.fuse.operations import Operations
-from rbdfs.fuse.session import Session, ask, mounted, serve
+from rbdfs.fuse.session import Session, mounted, probe, serve
 from rbdfs.fuse.tree import Tree
 from rbdfs.fuse.trouble_log import TroubleLog
 from rbdfs.fuse.troubles import Troubles
@@ -114,7 +114,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
                         nursery.start_soon(serve_status, live, listener)
                     ready()
                     manager.notify("READY=1", f"STATUS={status()}")
-                    nursery.start_soon(keep_informed, manager, status, partial(ask, session.mount))
+                    nursery.start_soon(keep_informed, manager, status, partial(probe, session.mount))
 
                 def stopping() -> None:
                     manager.notify("STOPPING=1", "STATUS=closing images")

@@ -198,15 +198,7 @@ class Device:
             self.requests.waiting[unique] = (monotonic(), opcode, inode, 0, thread, 0)
             self._relay.forward(opcode, unique, request, length)
 
-    def _answer_read(
-        self,
-        unique: int,
-        inode: int,
-        offset: int,
-        page_cache_bytes: int,
-        result: ReadResult,
-        operation: str = READ_NAME,
-    ) -> None:
+    def _answer_read(self, unique: int, inode: int, offset: int, page_cache_bytes: int, result: ReadResult) -> None:
         """Answer a READ, with bytes or an error. The page cache asked for `page_cache_bytes`: 0 for direct I/O.
 
         The page cache takes what is missing for zeros (fuse_short_read) and shows them up to the end that it knows. So
@@ -240,15 +232,12 @@ class Device:
         except OSError as error:
             self._replies.refused(unique, error)
         else:
-            if operation == READ_NAME and (waiting := self.requests.waiting.pop(unique, None)):
-                waited = monotonic() - waiting[0]
-                self._read_latency.buckets[bisect_left(BUCKET_SECONDS, waited)] += 1
-                self._read_latency.seconds += waited
-                self.requests.read_bytes += len(result)
-            else:
-                self.requests.end(unique, 0, monotonic())
+            waited = monotonic() - self.requests.waiting.pop(unique)[0]
+            self._read_latency.buckets[bisect_left(BUCKET_SECONDS, waited)] += 1
+            self._read_latency.seconds += waited
+            self.requests.read_bytes += len(result)
         if self._troubles.are_open:
-            self._troubles.worked(inode, operation)
+            self._troubles.worked(inode, READ_NAME)
 
     async def _answer_later(self, seconds: float, *answer: *tuple[int, int, int, int, Buffer]) -> None:
         await trio.sleep(seconds)
@@ -264,7 +253,9 @@ class Device:
                 self._timed_out_seeks.add((inode, offset, whence), monotonic())
             self._replies.fail_with(unique, inode, SEEK_NAME, result)
         elif offset <= result < 1 << 63:
-            self._answer_read(unique, inode, 0, 0, LSEEK_OUT.pack(result), SEEK_NAME)
+            self._replies.send_data(unique, LSEEK_OUT.pack(result))
+            if self._troubles.are_open:
+                self._troubles.worked(inode, SEEK_NAME)
         else:  # an answer that does not advance makes cp loop for ever
             error = RbdfsError(f"a seek from {offset} has found {result}")
             self._replies.fail_with(unique, inode, SEEK_NAME, error)

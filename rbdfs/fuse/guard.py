@@ -16,7 +16,7 @@ from rbdfs.fuse.trouble_log import TroubleLog
 
 log = logging.getLogger(__name__)
 
-EXPECTED = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS, errno.ENODATA})
+EXPECTED_ERRORS = frozenset({errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS, errno.ENODATA})
 """Errors that a file system answers in everyday use; all others are troubles."""
 
 
@@ -97,7 +97,7 @@ def answered(
             with self.guard.in_time(name, args):
                 result = await operation(self, *args, **kwargs)
         except RbdfsError as error:
-            if error.errno in EXPECTED:
+            if error.errno in EXPECTED_ERRORS:
                 log.debug("%s", error)
             else:
                 troubles.failed(inode, name, error)

@@ -171,8 +171,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]  # De
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
         """Return the names of all attributes. A key of the image's own metadata that is no valid name is left out."""
         node = self._tree.node(inode)
-        facts = await self._catalog.attribute_names(node.ref) if isinstance(node, ImageFile) else ()
-        names = [XATTR_PREFIX + os.fsencode(fact) for fact in facts]
+        attributes = await self._catalog.attribute_names(node.ref) if isinstance(node, ImageFile) else ()
+        names = [XATTR_PREFIX + os.fsencode(name) for name in attributes]
         return [name for name in names if len(name) <= XATTR_NAME_BYTES and b"\0" not in name]
 
     @answered

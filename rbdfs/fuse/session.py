@@ -100,7 +100,7 @@ async def serve(session: Session, ready: Callable[[], None], stopping: Callable[
             nursery.cancel_scope.cancel()
 
 
-def ask(mount: mounting.Mount) -> None:
+def probe(mount: mounting.Mount) -> None:
     """Check that the mount answers, with a request through kernel, device, pyfuse3 and operations, but to no cluster.
 
     Blocks until there is an answer; call it in a worker thread. Raises MountError if the answer is wrong.

@@ -121,11 +121,11 @@ class Tree:
         programs that list `.snap` do not need the time of each image's newest snapshot.
         """
         files: dict[ImageRef, int] = {}
-        facts: dict[int, Stat | None] = {}
+        stats: dict[int, Stat | None] = {}
 
         async def ask(node: ImageDirectory) -> None:
             try:
-                facts[node.inode] = await self.stat(node)
+                stats[node.inode] = await self.stat(node)
             except RbdfsError as error:
                 log.debug("nothing is known of %s: %s", node.identity, error)
 
@@ -134,11 +134,11 @@ class Tree:
                 if isinstance(node, ImageFile):
                     files[node.ref] = node.inode
                 else:
-                    facts[node.inode] = None
+                    stats[node.inode] = None
                     if isinstance(node, ImageDirectory):
                         nursery.start_soon(ask, node)
         found = await self._catalog.stat_all(files)
-        return facts | {files[ref]: each for ref, each in found.items()}
+        return stats | {files[ref]: each for ref, each in found.items()}
 
     async def entries(self, directory: Directory) -> list[DirEntry]:
         """Return all entries of a directory, sorted by name."""
