@@ -22,11 +22,13 @@ from rbdfs.commands.shutdown import SIGNALLED, exit_at_the_latest, until_signall
 from rbdfs.commands.update import Plan, copied_of, plan_update
 from rbdfs.errors import LabelError, RbdfsError, TargetError, UsageError
 from rbdfs.export.copy import Copy, CopyOptions
-from rbdfs.export.file import FileTarget, ForcedFile, NewFile, check_new
+from rbdfs.export.forced_file import ForcedFile
 from rbdfs.export.journal import origin_of
 from rbdfs.export.label import Copied
+from rbdfs.export.new_file import NewFile, check_new
 from rbdfs.export.stream import Stream
-from rbdfs.export.update import UpdatedFile
+from rbdfs.export.target import Output
+from rbdfs.export.updated_file import UpdatedFile
 from rbdfs.image.striper import MIB
 from rbdfs.spec import ImageSpec
 from rbdfs.threads import run_in_thread
@@ -62,9 +64,6 @@ class ExportOptions:
     """Whether all of it is compared for that."""
     as_json: bool = False
     """Whether figures of it are printed."""
-
-
-Output = FileTarget | Stream
 
 
 def export(options: ExportOptions) -> int:

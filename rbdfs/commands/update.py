@@ -14,7 +14,7 @@ from rbdfs.ceph.image.changes import Changes
 from rbdfs.errors import LabelError
 from rbdfs.export.journal import origin_of
 from rbdfs.export.label import Copied
-from rbdfs.export.update import UpdatedFile
+from rbdfs.export.updated_file import UpdatedFile
 from rbdfs.spec import ImageSpec
 from rbdfs.threads import run_in_thread
 

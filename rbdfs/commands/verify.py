@@ -18,10 +18,10 @@ from rbdfs.commands.resolve import connect_for, find, tell, tell_of_writers, wit
 from rbdfs.commands.shutdown import SIGNALLED, exit_at_the_latest, until_signalled
 from rbdfs.commands.units import in_units
 from rbdfs.errors import LabelError, RbdfsError
+from rbdfs.export.compared_file import ComparedFile
 from rbdfs.export.copy import Copy, CopyOptions
 from rbdfs.export.journal import origin_of
 from rbdfs.export.label import Copied, Label
-from rbdfs.export.verify import ComparedFile
 from rbdfs.spec import ImageSpec
 from rbdfs.threads import run_in_thread
 

@@ -1,7 +1,7 @@
 """Copy one image from its first byte to its last: many reads at a time, holes neither read nor written.
 
-It reads from the `ImageBackend` itself, as the object cache does, and not through the cache: an export reads each byte
-once, so all that the cache could do is to hold memory and copy.
+It reads from the `ImageBackend`, not through the object cache: a copy reads each byte once, so the cache would only
+take memory and time.
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from rbdfs.errors import BeyondEndError, RbdfsError, StaleError
+from rbdfs.export.target import Target
 from rbdfs.image.backend import Buffer, ImageBackend, ReadResult
 from rbdfs.image.extents import assume_data, learn_window
 from rbdfs.image.holes import HoleMap, Kind, Segment
@@ -23,87 +24,64 @@ from rbdfs.image.throttle import Throttle
 from rbdfs.threads import run_in_thread
 
 WRITES_AT_ONCE = 3
-"""Writes to a target that takes them in any order; more did not make a disk faster."""
+"""Writes in flight to a target that takes them in any order; more did not make a disk faster."""
 
-LANDED_AT_ONCE = 8
-"""Pieces that may wait for their turn at a target that takes them in order, while others are read: with 3, a busy
-machine's reads stood still for as long as a write took to begin and end (2 cores: 7% of the time)."""
+COMPLETED_AT_ONCE = 8
+"""Pieces that may wait for their turn at a target that takes them in order, while others are read: with 3, on a busy
+machine, no read was in flight while a write began and ended (2 cores: 7% of the time)."""
 
 WINDOWS_AHEAD = 1
-"""Answers about holes that are asked for before they are needed: without a fast-diff map each takes many requests."""
+"""Answers about holes to ask for before they are needed: without a fast-diff map each takes many requests."""
 
 HOLE_STEP = 64 * MIB
-"""Of a hole that is digested or written as zeros, bytes that one cancel may have to wait for."""
-
-SKIP_STEP = 256 * MIB
-"""As `HOLE_STEP`, of a target that takes any order: it may have to read so much. A step costs some 0.1 ms."""
+"""Bytes of a hole that one call digests or skips, so that a cancel need not wait for all of it. A step costs some
+0.1 ms."""
 
 _ZEROS = bytes(MIB)
 
 
-class Target(Protocol):
-    """Where an image is copied to. Its methods block, are called in worker threads, and raise RbdfsError."""
-
-    in_order: bool
-    """Whether writes and skips must come one at a time, in the order of the image, and leave nothing out."""
-    is_blank: bool
-    """Whether what is neither written nor skipped reads as zeros."""
-
-    def may_hold(self, offset: int, length: int) -> bool:
-        """Whether `held` may have the bytes of an earlier copy. Returns at once."""
-
-    def held(self, offset: int, length: int) -> Buffer | None:
-        """The verified bytes of an earlier copy; None if they are not there, or not right."""
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """Bytes of the image, `offset` bytes from its start. Several may be called at once, unless `in_order`."""
-
-    def skip(self, offset: int, length: int) -> None:
-        """A range that reads as zeros."""
-
-
 class Changes(Protocol):
-    """What of an image is to be copied: it may differ from what the target has."""
+    """Which ranges of an image to copy: those that may differ from the target."""
 
     window: int
-    """Bytes, as many as should be asked about at once."""
+    """Bytes to ask about at once."""
 
     async def within(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Of a range: (start, end) pairs in order. Raises RbdfsError."""
+        """The part of a range to copy: (start, end) pairs in order. Raises RbdfsError."""
 
 
 class Digest(Protocol):
-    """What hashlib makes."""
+    """A hash object of hashlib."""
 
     def update(self, data: Buffer, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """How hard to try."""
+    """How many reads, and how fast."""
 
     concurrency: int
     """Reads in flight, each of at most 4 MiB (`Layout.fetch_bytes`)."""
     bytes_per_second: int | None = None
-    """How much to read of the cluster in a second; None is no limit."""
+    """Bytes to read from the cluster per second; None is no limit."""
 
 
 class Piece:
-    """A part of the image that holds data, on its way: what one aio reads."""
+    """A part of the image that holds data, read by one aio."""
 
-    __slots__ = ("data", "landed", "length", "offset", "uses")
+    __slots__ = ("completed", "data", "length", "offset", "uses")
 
     def __init__(self, offset: int, length: int, uses: int) -> None:
         self.offset = offset
         self.length = length
         self.data: Buffer = b""
-        self.landed = trio.Event()
+        self.completed = trio.Event()
         self.uses = uses
-        """How often the data has yet to be used: written, digested."""
+        """How many uses are left: one to write it, one to digest it."""
 
 
 class Copy:
-    """One copy, and how far it is."""
+    """One copy and its progress."""
 
     def __init__(
         self,
@@ -113,16 +91,16 @@ class Copy:
         digest: Digest | None = None,
         changes: Changes | None = None,
     ) -> None:
-        """All is copied, or only the `changes`: then there is no digest, and the target takes any order."""
+        """Copies all, or only the `changes`: then without a digest, and to a target that takes any order."""
         self.size = source.size
         self.data_bytes = 0
-        """Data found so far."""
+        """Bytes of data found so far."""
         self.unknown_bytes = self.size
-        """Of these it is not known yet whether they are data."""
+        """Bytes not yet known to be data or holes."""
         self.changed_bytes = 0
-        """Of these and holes, what is to be copied, as far as is known."""
+        """Bytes to copy found so far, holes included."""
         self.copied_bytes = 0
-        """Data copied so far; what an earlier copy had done counts."""
+        """Bytes of data copied so far, including those that an earlier copy left."""
         self._source = source
         self._target = target
         self._digest = digest
@@ -131,7 +109,7 @@ class Copy:
         self._has_order = target.in_order or digest is not None
         self._reads = Throttle(options.concurrency, options.concurrency * self._transfer)
         self._writes = trio.Semaphore(WRITES_AT_ONCE)
-        self._buffer_count = options.concurrency + (LANDED_AT_ONCE if target.in_order else WRITES_AT_ONCE + 1)
+        self._buffer_count = options.concurrency + (COMPLETED_AT_ONCE if target.in_order else WRITES_AT_ONCE + 1)
         self._buffers = trio.Semaphore(self._buffer_count)
         self._seconds_per_byte = 1 / options.bytes_per_second if options.bytes_per_second else 0.0
         self._next_read = -math.inf
@@ -145,11 +123,11 @@ class Copy:
 
     @property
     def done_below(self) -> int:
-        """All below this image offset is copied."""
+        """The image offset below which all is copied."""
         return self._used_in_order if self._target.in_order else next(iter(self._underway), self._started)
 
     async def run(self) -> None:
-        """Copy. Raises the first error of source or target; reads in flight are left to `ImageBackend.close`."""
+        """Copy. Raises the first error of source or target; `ImageBackend.close` then waits for the reads in flight."""
         ask, asked = trio.open_memory_channel[list[Segment]](WINDOWS_AHEAD)
         line_up, lined_up = trio.open_memory_channel[Piece | Segment](math.inf)
         try:
@@ -163,25 +141,25 @@ class Copy:
             self._nursery = None
         if self._failure is not None and not isinstance(self._failure, BeyondEndError):
             raise self._failure
-        size = await self._source.refresh_size()  # raises if the image is gone: then what was read may be zeros
+        size = await self._source.refresh_size()  # raises if the image is gone: then what we read may be zeros
         if size < self.size:
             raise StaleError(f"the image was shrunk from {self.size} to {size} bytes while it was copied")
         if self._failure is not None:
             raise self._failure
 
     def _start_soon(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run in the nursery, if that is still there. The first error ends the copy."""
+        """Run in the nursery, if it is still open. The first error ends the copy."""
         if self._nursery is not None:
             self._nursery.start_soon(self._guarded, work)
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """No error leaves the nursery, which might wrap it."""
+        """Record the error: the nursery might wrap one that leaves it."""
         try:
             await work()
         except RbdfsError as error:
             self._fail(error)
         except trio.Cancelled:
-            self._nursery = None  # it takes nothing more, of what lands from now on
+            self._nursery = None  # reads that complete from now on are dropped
             raise
 
     def _fail(self, error: RbdfsError) -> None:
@@ -202,8 +180,10 @@ class Copy:
                     await ask.send(segments)
 
     async def _segments(self, position: int) -> tuple[int, list[Segment]]:
-        """What is to be copied from `position` on, data and holes, as far as it is cheap to ask at once, and where that
-        ends. What is not answered is data."""
+        """The data and holes to copy from `position` on, and where they end: as far as it is cheap to ask at once.
+
+        If the question fails, all is data.
+        """
         holes = HoleMap(self.size)
         changes = self._changes
         try:
@@ -220,7 +200,7 @@ class Copy:
             raise
         except RbdfsError as error:
             if changes is not None:
-                raise  # it is sooner asked again than read whole
+                raise  # running the update again is faster than reading the whole image
             end = self.size
             ranges = [(position, end)]
             assume_data(holes, position, error)
@@ -236,15 +216,15 @@ class Copy:
                         await self._skip(segment, line_up)
                     else:
                         await self._start(segment, line_up)
-        for _ in range(self._buffer_count):  # when all are back, nothing is under way
+        for _ in range(self._buffer_count):  # once all are back, nothing is in flight
             await self._buffers.acquire()
 
     async def _skip(self, hole: Segment, line_up: "trio.MemorySendChannel[Piece | Segment]") -> None:
         if self._has_order:
             line_up.send_nowait(hole)
         if not self._target.in_order and not self._target.is_blank:
-            for start in range(hole.start, hole.end, SKIP_STEP):
-                await run_in_thread(self._target.skip, start, min(SKIP_STEP, hole.end - start))
+            for start in range(hole.start, hole.end, HOLE_STEP):
+                await run_in_thread(self._target.skip, start, min(HOLE_STEP, hole.end - start))
         self._started = hole.end
 
     async def _start(self, data: Segment, line_up: "trio.MemorySendChannel[Piece | Segment]") -> None:
@@ -258,19 +238,19 @@ class Copy:
             if self._has_order:
                 line_up.send_nowait(piece)
             if self._target.may_hold(piece.offset, piece.length):
-                self._start_soon(partial(self._take_held, piece))
+                self._start_soon(partial(self._take_verified, piece))
             else:
                 await self._read(piece)
 
-    async def _take_held(self, piece: Piece) -> None:
-        """What an earlier copy has done need not be done again, if it is right."""
+    async def _take_verified(self, piece: Piece) -> None:
+        """Use the bytes of an earlier copy if they are right, else read the piece."""
         async with self._writes:
-            data = await run_in_thread(self._target.held, piece.offset, piece.length)
+            data = await run_in_thread(self._target.verified, piece.offset, piece.length)
         if data is None:
             await self._read(piece)
         else:
             piece.data = data
-            piece.landed.set()
+            piece.completed.set()
             self._used(piece)
 
     async def _read(self, piece: Piece) -> None:
@@ -281,9 +261,9 @@ class Copy:
         self._reads.submit(piece, piece.length, self._start_read, urgent=True)
 
     def _start_read(self, piece: Piece) -> None:
-        self._source.start_read(piece.offset, piece.length, partial(self._land, piece))
+        self._source.start_read(piece.offset, piece.length, partial(self._complete, piece))
 
-    def _land(self, piece: Piece, result: ReadResult) -> None:
+    def _complete(self, piece: Piece, result: ReadResult) -> None:
         if self._nursery is None:
             return
         if isinstance(result, RbdfsError):
@@ -291,15 +271,15 @@ class Copy:
             return
         self._reads.done(piece.length)  # which starts the next
         piece.data = result
-        piece.landed.set()
+        piece.completed.set()
         if not self._target.in_order:
             self._to_write.append(piece)
             if self._writers < WRITES_AT_ONCE:
                 self._writers += 1
-                self._start_soon(self._write_landed)
+                self._start_soon(self._write_completed)
 
-    async def _write_landed(self) -> None:
-        """Write what waits, small pieces together: a thread for each would take longer than the write."""
+    async def _write_completed(self) -> None:
+        """Write the pieces that wait, small ones together: a thread for each would take longer than the write."""
         while self._to_write:
             pieces = [self._to_write.popleft()]
             length = pieces[0].length
@@ -327,18 +307,18 @@ class Copy:
             if isinstance(part, Segment):
                 await self._use_hole(part)
                 continue
-            await part.landed.wait()
-            landed = [part]  # and all that follow it: a thread of its own for each would take half as long again
+            await part.completed.wait()
+            completed = [part]  # and all that follow it: a thread for each takes 1.5 times as long
             with suppress(trio.WouldBlock, trio.EndOfChannel):
                 while True:
                     following = lined_up.receive_nowait()
-                    if isinstance(following, Segment) or not following.landed.is_set():
+                    if isinstance(following, Segment) or not following.completed.is_set():
                         break
-                    landed.append(following)
+                    completed.append(following)
                     following = None
-            # Abandoned if cancelled: the reader of a pipe may never read on.
-            await run_in_thread(self._digest_and_write, landed, abandon_on_cancel=True)
-            for piece in landed:
+            # A cancel abandons the call: the reader of a pipe may never read on.
+            await run_in_thread(self._digest_and_write, completed, abandon_on_cancel=True)
+            for piece in completed:
                 self._used(piece)
 
     async def _use_hole(self, hole: Segment) -> None:

@@ -1,23 +1,69 @@
-"""Ranges of bytes, found in any order. Pure."""
+"""Ranges of bytes: which are not zeros, which differ, and a collection of them. Pure."""
 
+from collections.abc import Iterator
 from typing import Final
 
+GRAIN: Final = 4096
+"""Bytes: what file systems allocate in."""
+
 KEPT_AT_MOST: Final = 1 << 18
-"""Ranges that are remembered, some 50 MB; of more only the bytes are counted."""
+"""Ranges that are kept, some 50 MB; of all others only the bytes are counted."""
+
+_ZEROS = bytes(GRAIN)
+
+
+def data_runs(data: bytes, least_zeros: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) of the runs of `data` to write, in order: all but runs of at least `least_zeros` zeros.
+
+    Runs start and end on multiples of 4 KiB of `data`, or at its end; zeros at its start and end are left out as well.
+    `bytes.startswith` compares in place, by memcmp: 12 GB of random bytes in a second.
+    """
+    length = len(data)
+    start = zeros = -1  # of the run of data, and of the zeros at its end
+    for position in range(0, length, GRAIN):
+        is_zero = data.startswith(_ZEROS, position) if position + GRAIN <= length else not any(data[position:])
+        if not is_zero:
+            if start < 0:
+                start = position
+            elif 0 <= zeros <= position - least_zeros:
+                yield start, zeros
+                start = position
+            zeros = -1
+        elif start >= 0 and zeros < 0:
+            zeros = position
+    if start >= 0:
+        yield start, zeros if zeros >= 0 else length
+
+
+def differing(held: bytes, data: bytes, grain: int) -> list[tuple[int, int]]:
+    """Where `data` differs from `held`, which may be shorter: (start, end) pairs that do not touch, of whole pieces of
+    `grain` bytes."""
+    found: list[tuple[int, int]] = []
+    if held == data:
+        return found
+    for start in range(0, len(data), grain):
+        end = min(start + grain, len(data))
+        if held[start:end] == data[start:end]:
+            continue
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found
 
 
 class FoundRanges:
-    """Ranges that do not overlap, joined where they touch."""
+    """Ranges that do not overlap, found in any order, joined where they touch."""
 
     def __init__(self) -> None:
         self.total_bytes = 0
         self.left_out_bytes = 0
-        """Of ranges that were too many to be remembered."""
+        """Bytes of the ranges that were too many to keep."""
         self._ends: dict[int, int] = {}
         self._starts: dict[int, int] = {}
 
     def add(self, start: int, end: int) -> None:
-        """One more, [start, end)."""
+        """Add the range [start, end)."""
         if start >= end:
             return
         self.total_bytes += end - start
@@ -32,5 +78,5 @@ class FoundRanges:
         self._starts[end] = start
 
     def in_order(self) -> list[tuple[int, int]]:
-        """Those that are remembered: (start, end) pairs."""
+        """The ranges that are kept, as (start, end) pairs."""
         return sorted(self._ends.items())

@@ -139,7 +139,7 @@ def test_an_image_that_fails_is_told_and_the_others_are_backed_up(
         said = run(SCRIPT, pool, folder, environment=environment, status=1)
     lines = dict(line.split(": ", 1) for line in said.splitlines()[:-1])
     assert "nor a name with / or @ in it" in lines["a/b@c"]
-    assert lines["held"].startswith("FAILED: another export writes to")
+    assert lines["held"].startswith("FAILED: another export or verify uses")
     assert "compared as a whole: " in lines["spoiled"]
     assert lines["spoiled"].endswith("was written to since rbdfs made it (its modification time says so)")
     assert lines["gone"] == f"not in {pool} any more, {folder}/gone.raw stays"

@@ -17,9 +17,8 @@ from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.commands.export import ExportOptions, export
 from rbdfs.commands.update import LATE_WRITES_SECONDS
 from rbdfs.errors import TargetError
-from rbdfs.export.file import LEAST_ZEROS
-from rbdfs.export.update import UpdatedFile
-from rbdfs.export.zeros import GRAIN
+from rbdfs.export.file import LEAST_ZEROS, FileTarget
+from rbdfs.export.ranges import GRAIN
 from tests.cluster import MIB, RBDFS, Ceph, random_bytes, rbdfs, wait_until
 from tests.histories import KINDS, History
 
@@ -40,15 +39,15 @@ class Interrupted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._patch = patch
         self._left = -1
-        for name in ("_write_anew", "skip"):
-            patch.setattr(UpdatedFile, name, self._counted(getattr(UpdatedFile, name)))
+        for name in ("write", "skip"):
+            patch.setattr(FileTarget, name, self._counted(getattr(FileTarget, name)))
 
     def after(self, writes: int) -> None:
         """Fail after so many; never if negative."""
         self._left = writes
 
     def _counted(self, method: Callable[..., None]) -> Callable[..., None]:
-        def counted(target: UpdatedFile, *arguments: object) -> None:
+        def counted(target: FileTarget, *arguments: object) -> None:
             if not self._left:
                 raise TargetError("interrupted")
             self._left -= 1

@@ -20,10 +20,10 @@ from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.commands.export import export
 from rbdfs.commands.verify import VerifyOptions, verify
 from rbdfs.errors import TargetError
-from rbdfs.export.file import ForcedFile
+from rbdfs.export.compared_file import ComparedFile
+from rbdfs.export.forced_file import ForcedFile
 from rbdfs.export.ranges import FoundRanges
-from rbdfs.export.update import UpdatedFile
-from rbdfs.export.verify import ComparedFile
+from rbdfs.export.updated_file import UpdatedFile
 from tests.cluster import MIB, RBDFS, READ_ONLY_CAPS, Ceph, random_bytes, rbdfs, wait_until
 from tests.commands.test_export import HOLED, kinds, make_holed, options, rbd_export, snapshot
 from tests.commands.test_update import Interrupted, update
@@ -271,7 +271,7 @@ def test_while_it_is_compared_no_update_writes_to_it_and_it_is_opened_for_readin
         opened = [fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path)]
         (descriptor,) = map(int, opened)
         assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-        with pytest.raises(TargetError, match="writes to"):
+        with pytest.raises(TargetError, match="another export or verify uses"):
             UpdatedFile(path)
         with pytest.raises(TargetError, match="another export or verify uses"):
             ForcedFile(path, 1, 1)

@@ -10,7 +10,8 @@ import trio
 import trio.testing
 
 from rbdfs.errors import ReadError, StaleError, TargetError
-from rbdfs.export.copy import LANDED_AT_ONCE, WRITES_AT_ONCE, Copy, CopyOptions
+from rbdfs.export.copy import COMPLETED_AT_ONCE, WRITES_AT_ONCE, Copy, CopyOptions
+from rbdfs.export.target import Target
 from rbdfs.image.backend import Buffer
 from tests.cluster import MIB, random_bytes
 from tests.fake_backend import FakeBackend
@@ -20,7 +21,7 @@ HOLED = random_bytes(9 * MIB) + bytes(7 * MIB) + random_bytes(5 * MIB, seed=2) +
 
 
 @dataclass
-class MemoryTarget:
+class MemoryTarget(Target):
     """A `Target` in memory."""
 
     size: int
@@ -38,15 +39,12 @@ class MemoryTarget:
         self.may_go_on.set()
 
     def may_hold(self, offset: int, length: int) -> bool:
-        """See `Target.may_hold`."""
         return (offset, length) in self.holds
 
-    def held(self, offset: int, length: int) -> Buffer | None:
-        """See `Target.held`."""
+    def verified(self, offset: int, length: int) -> Buffer | None:
         return self.holds[offset, length]
 
     def write(self, offset: int, data: Buffer) -> None:
-        """See `Target.write`."""
         assert self.may_go_on.wait(20)
         if offset <= self.fail_at < offset + len(data):
             raise TargetError(f"cannot write at {offset}", errno.ENOSPC)
@@ -56,7 +54,6 @@ class MemoryTarget:
         self.written.append((offset, len(data)))
 
     def skip(self, offset: int, length: int) -> None:
-        """See `Target.skip`."""
         if self.in_order:
             assert offset == len(self.content)
             self.content += bytes(length)
@@ -129,7 +126,7 @@ async def test_a_target_that_takes_nothing_holds_up_the_reads(in_order: bool) ->
         while source.underway or not source.aios:
             await trio.lowlevel.checkpoint()
         await trio.testing.wait_all_tasks_blocked(0.05)
-        assert len(source.aios) == 5 + (LANDED_AT_ONCE if in_order else WRITES_AT_ONCE + 1)
+        assert len(source.aios) == 5 + (COMPLETED_AT_ONCE if in_order else WRITES_AT_ONCE + 1)
         target.may_go_on.set()
     assert bytes(target.content) == content
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from rbdfs.errors import TargetError
 from rbdfs.export import syscalls
-from rbdfs.export.file import ForcedFile, NewFile, partial_path
+from rbdfs.export.forced_file import ForcedFile
 from rbdfs.export.journal import Journal, Origin
-from rbdfs.export.zeros import GRAIN, data_runs
+from rbdfs.export.new_file import NewFile, partial_path
+from rbdfs.export.ranges import GRAIN, data_runs
 from tests.cluster import MIB, random_bytes
 
 ORIGIN = Origin("fsid", 1, "", "abc", 4, 8 * MIB)
@@ -104,7 +105,7 @@ def test_what_was_written_is_found_again_and_what_is_damaged_is_not(tmp_path: Pa
         file.seek(MIB + 77)
         file.write(b"not what was written")
     target = NewFile(path, len(content), LEAST, ORIGIN, resume=True)
-    found = {start: target.held(start, MIB) for start in range(0, 8 * MIB, MIB) if target.may_hold(start, MIB)}
+    found = {start: target.verified(start, MIB) for start in range(0, 8 * MIB, MIB) if target.may_hold(start, MIB)}
     assert sorted(found) == [0, MIB, 2 * MIB, 3 * MIB]
     assert found.pop(MIB) is None
     assert all(data == content[start : start + MIB] for start, data in found.items())

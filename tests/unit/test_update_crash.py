@@ -15,7 +15,7 @@ from rbdfs.export import label, syscalls
 from rbdfs.export.copy import Copy, CopyOptions
 from rbdfs.export.journal import Origin
 from rbdfs.export.label import Copied, Label
-from rbdfs.export.update import UpdatedFile
+from rbdfs.export.updated_file import UpdatedFile
 from tests.cluster import random_bytes
 from tests.fake_backend import FakeBackend
 

@@ -1,36 +1,30 @@
-"""A file or block device that an image is compared with: it is read, and never written to."""
+"""A file or block device that an image is compared with: `rbdfs verify`. It is only read."""
 
-import contextlib
 import errno
 import fcntl
 import os
-import stat
 import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rbdfs.errors import TargetError
 from rbdfs.export import label
 from rbdfs.export.label import Label
-from rbdfs.export.ranges import FoundRanges
-from rbdfs.export.update import differing
-
-Buffer = bytes | memoryview
+from rbdfs.export.ranges import FoundRanges, differing
+from rbdfs.export.target import Target, errors_at, is_block_device, lock
+from rbdfs.image.backend import Buffer
 
 SECTOR = 512
-"""Bytes: what differs is told in whole sectors."""
+"""Bytes: differences are reported in whole sectors."""
 
 READ_BYTES = 1 << 20
-"""At a time, of what must be zeros."""
+"""Bytes to read at a time where the file must hold zeros."""
 
 _ZEROS = bytes(READ_BYTES)
 
 
-class ComparedFile:
-    """Takes what an image holds, and remembers where the file holds something else."""
-
-    in_order = False
-    is_blank = False
+class ComparedFile(Target):
+    """Takes the bytes of an image and records where the file differs."""
 
     def __init__(self, path: Path, image_size: int) -> None:
         """Raises TargetError."""
@@ -38,49 +32,36 @@ class ComparedFile:
         self.found = FoundRanges()
         self._finding = threading.Lock()
         try:
-            # Without O_NONBLOCK, to open a pipe waits for somebody who writes to it.
+            # Without O_NONBLOCK, opening a pipe would wait for a writer.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise TargetError(f"cannot open {path}: {error.strerror}", error.errno) from error
         try:
-            mode = os.fstat(self._descriptor).st_mode
-            self.is_device = stat.S_ISBLK(mode)
-            if not self.is_device and not stat.S_ISREG(mode):
-                raise TargetError(f"{path} is neither a file nor a block device", errno.EINVAL)
+            self.is_device = is_block_device(self._descriptor, path)
             with self._errors_at(0):
-                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock(self._descriptor, fcntl.LOCK_SH, f"an export writes to {path} now")
                 self.size = os.lseek(self._descriptor, 0, os.SEEK_END)
         except BaseException:
             self.close()
             raise
         self._compared = min(self.size, image_size)
         self.has_size = self.size == image_size or (self.is_device and self.size > image_size)
-        """Whether it has the size of the image, or is a device with room for it."""
+        """Whether it has the size of the image, or is a device that is large enough for it."""
         if not self.has_size:
             self.found.add(self._compared, max(self.size, image_size))
 
     def read_label(self) -> Label | None:
-        """See `label.read`; a device has none."""
+        """What the file's label says; None without a label. Raises TargetError; LabelError if it cannot be trusted."""
         with self._errors_at(0):
             return None if self.is_device else label.read(self._descriptor, self.path)
 
-    def may_hold(self, offset: int, length: int) -> bool:
-        """See `Target.may_hold`."""
-        return False
-
-    def held(self, offset: int, length: int) -> Buffer | None:
-        """See `Target.held`."""
-        return None
-
     def write(self, offset: int, data: Buffer) -> None:
-        """See `Target.write`: compare it."""
         length = min(len(data), self._compared - offset)
         if length > 0:
             data = data if isinstance(data, bytes) else bytes(data)
             self._compare(offset, data[:length])
 
     def skip(self, offset: int, length: int) -> None:
-        """See `Target.skip`: what is no hole of the file must be zeros."""
         end = min(offset + length, self._compared)
         while offset < end:
             offset, stop = self._next_data(offset, end)
@@ -90,17 +71,17 @@ class ComparedFile:
                 offset += count
 
     def _next_data(self, offset: int, end: int) -> tuple[int, int]:
-        """Where the file's next data are, within [offset, end); both are `end` if there are none."""
+        """Where the file's next data begins and ends within [offset, end); both are `end` if there is none."""
         try:
             start = os.lseek(self._descriptor, offset, os.SEEK_DATA)
             stop = os.lseek(self._descriptor, start, os.SEEK_HOLE) if start < end else end
         except OSError as error:
             if error.errno == errno.ENXIO:
-                # No data are left. Where the file was cut off by now, that is found here, too.
+                # No data is left. If the file was truncated since we opened it, the rest counts as data.
                 with self._errors_at(offset):
                     size = os.fstat(self._descriptor).st_size
                 return (end, end) if self.is_device or size >= end else (max(offset, size), end)
-            return offset, end  # a file system or device that does not tell
+            return offset, end  # the file system or device does not report holes
         return min(start, end), min(stop, end)
 
     def _compare(self, offset: int, data: bytes) -> None:
@@ -112,22 +93,15 @@ class ComparedFile:
                     self.found.add(offset + start, offset + end)
 
     def _read(self, offset: int, length: int) -> bytes:
-        """Less only where the file ends. Raises OSError."""
+        """Read `length` bytes, less only at the end of the file. Raises OSError."""
         held = os.pread(self._descriptor, length, offset)
         while len(held) < length and (more := os.pread(self._descriptor, length - len(held), offset + len(held))):
             held += more
         return held
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         os.close(self._descriptor)
 
-    @contextlib.contextmanager
-    def _errors_at(self, offset: int) -> Iterator[None]:
-        try:
-            yield
-        except BlockingIOError:
-            raise TargetError(f"an export writes to {self.path} now", errno.EBUSY) from None
-        except OSError as error:
-            what = f"cannot read {self.path} at offset {offset}: {error.strerror}"
-            raise TargetError(what, error.errno) from error
+    def _errors_at(self, offset: int) -> AbstractContextManager[None]:
+        return errors_at(f"read {self.path}", offset)
