@@ -1,15 +1,15 @@
-"""An image's allocation in one line: a cell for each object range, shaded by what it holds. Pure."""
+"""An image's allocation in one line: a cell for each range of objects, shaded by its data. Pure."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Shades(NamedTuple):
-    """The characters of a picture."""
+    """The characters of a bar."""
 
     hole: str
     data: str
-    """From a little to all of a cell."""
+    """From a cell with little data to one full of data."""
     parent: str
 
 
@@ -17,8 +17,8 @@ UNICODE = Shades("·", "░▒▓█", "o")
 ASCII = Shades(".", "-=#", "o")
 
 
-class Picture:
-    """The cells of the image's bytes [start, end), at most `width`: whole objects."""
+class AllocationBar:
+    """Cells for the image's bytes [start, end), at most `width`, each of whole objects."""
 
     def __init__(self, start: int, end: int, object_size: int, width: int) -> None:
         start -= start % object_size
@@ -30,7 +30,7 @@ class Picture:
         self._other = [0] * len(self._cells)
 
     def add(self, offset: int, length: int, *, is_data: bool) -> None:
-        """A range of bytes that are data, or the other that is no hole."""
+        """Add a range of data, or of the other kind that is no hole."""
         filled = self._data if is_data else self._other
         cells, cell_bytes = self._cells, self.cell_bytes
         position, end = max(offset, cells.start), min(offset + length, cells.start + len(cells) * cell_bytes)
@@ -41,7 +41,7 @@ class Picture:
             position = stop
 
     def draw(self, encoding: str) -> str:
-        """The line; `encoding` is that of where it is printed."""
+        """The line; `encoding` is that of the output."""
         shades = _shades(encoding)
         drawn = []
         for number, cell in enumerate(self._cells):
@@ -53,7 +53,7 @@ class Picture:
         return "".join(drawn)
 
 
-def picture(
+def draw_bar(
     start: int,
     end: int,
     object_size: int,
@@ -62,17 +62,17 @@ def picture(
     width: int,
     encoding: str,
 ) -> tuple[str, int]:
-    """A picture, and the bytes that a cell stands for. `data` and `parent` are (offset, length) pairs."""
-    drawn = Picture(start, end, object_size, width)
+    """The bar as a line, and the bytes of a cell. `data` and `parent` are (offset, length) pairs."""
+    bar = AllocationBar(start, end, object_size, width)
     for offset, length in data:
-        drawn.add(offset, length, is_data=True)
+        bar.add(offset, length, is_data=True)
     for offset, length in parent:
-        drawn.add(offset, length, is_data=False)
-    return drawn.draw(encoding), drawn.cell_bytes
+        bar.add(offset, length, is_data=False)
+    return bar.draw(encoding), bar.cell_bytes
 
 
 def legend(encoding: str, cell: str, kinds: tuple[str, str, str] = ("data", "parent", "hole")) -> str:
-    """What the characters mean."""
+    """The meaning of the characters."""
     shades, (data, other, neither) = _shades(encoding), kinds
     return (
         f"{shades.data[0]} to {shades.data[-1]} {data}, {shades.parent} {other}, {shades.hole} {neither}; "

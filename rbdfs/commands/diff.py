@@ -1,120 +1,88 @@
-"""`rbdfs diff`: what has changed in an image, as `rbd diff` lists it, with a picture of where."""
+"""`rbdfs diff`: what has changed in an image, as `rbd diff` lists it, with a bar that shows where."""
 
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-import trio
-
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph.bindings.librbd import Diff
-from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.ceph.image.diff import ImageDiff
-from rbdfs.commands.allocation_bar import Picture, legend
-from rbdfs.commands.resolve import connect_for, find, tell, with_pool
-from rbdfs.commands.shutdown import SIGNALLED, exit_at_the_latest, until_signalled
-from rbdfs.commands.units import in_units
+from rbdfs.commands.allocation_bar import AllocationBar, legend
+from rbdfs.commands.formatting import format_bytes
+from rbdfs.commands.image_command import FAILED, ImageCommand, tell
+from rbdfs.commands.resolve import resolve
 from rbdfs.errors import RbdfsError, TargetError, UsageError
 from rbdfs.image.striper import Layout, extent_to_file, file_to_extents
 from rbdfs.spec import ImageSpec
 from rbdfs.threads import run_in_thread
 
 STDOUT = 1
-FAILED = 1
 
 KINDS = ("changed data", "changed to zeros", "unchanged")
 
 
 @dataclass(frozen=True, slots=True)
 class DiffOptions:
-    """What `rbdfs diff` was asked for."""
+    """The options of `rbdfs diff`."""
 
     cluster: ClusterOptions
     image: str
     """An image spec, as the rbd command takes it."""
     from_snapshot: str | None = None
-    """None is the beginning of time."""
+    """None is the creation of the image."""
     whole_objects: bool = False
     as_json: bool = False
 
 
 def diff(options: DiffOptions) -> int:
-    """Print it. The exit status; every failure has been told in one line by then. Raises UsageError."""
-    spec = ImageSpec.parse(options.image, default_pool="")
+    """Print what has changed. Returns the exit status; each failure is told in one line by then. Raises UsageError."""
+    command = _Diff(options)
     if options.from_snapshot == "":
         raise UsageError("--from-snap takes the name of a snapshot")
-    return trio.run(_Diff(options, spec).run)
+    return command.run()
 
 
-class _Diff:
-    """The composition root: wires the parts, and takes them apart in reverse."""
-
-    def __init__(self, options: DiffOptions, spec: ImageSpec) -> None:
+class _Diff(ImageCommand):
+    def __init__(self, options: DiffOptions) -> None:
+        super().__init__(options.cluster, options.image)
         self._options = options
-        self._spec = spec
-        self._cluster: Cluster | None = None
-        self._source: CephImage | None = None
-        self._failure = ""
-        self._status = 0
 
-    async def run(self) -> int:
-        """The exit status."""
-        await until_signalled(self._work, self._end)
-        return self._status
-
-    async def _end(self, signalled: signal.Signals | None) -> None:
-        if signalled:
-            self._status, self._failure = SIGNALLED + signalled, f"stopped by {signalled.name}"
-        if self._failure:
-            tell(self._failure)
-        with exit_at_the_latest(self._status):
-            if self._source is not None:
-                await self._source.close()
-            if self._cluster is not None:
-                await self._cluster.aclose()
-
-    async def _work(self) -> None:
-        """Raises nothing that is understood."""
+    async def work(self) -> None:
+        image = await self.find()
+        since = await self._since(image)
+        source = await self.open(image)
+        if source.state.is_migrating:
+            raise RbdfsError(f"{self.spec} is being migrated: its source may hold some of the changes; try later")
+        found = await self.cluster.diff(since, source)
+        for start, end in found.unlisted:
+            if start < end:
+                tell(
+                    f"warning: another parent, or less of it, shows through than at {self._options.from_snapshot}: "
+                    f"bytes {start} to {end} may have changed without being listed (rbd diff does not list them either)"
+                )
         try:
-            self._cluster = cluster = await connect_for(self._options.cluster, self._spec)
-            self._spec = with_pool(cluster, self._spec)
-            image = await find(cluster, self._spec)
-            since = await self._since(cluster, image)
-            self._source = source = await cluster.open_image(self._spec, image)
-            if source.state.is_migrating:
-                raise RbdfsError(f"{self._spec} is being migrated: its source may hold what has changed; try later")
-            found = await cluster.diff(since, source)
-            for start, end in found.unlisted:
-                if start < end:
-                    tell(
-                        f"warning: another parent, or less of it, shows through than at {self._options.from_snapshot}: "
-                        f"bytes {start} to {end} may have changed without being listed (nor does rbd diff list them)"
-                    )
             await self._print(found, source)
-        except RbdfsError as error:
-            self._failure, self._status = str(error), FAILED
-        except BrokenPipeError:  # who read it is gone
-            self._status = FAILED
+        except BrokenPipeError:  # the reader is gone
+            self.status = FAILED
 
-    async def _since(self, cluster: Cluster, image: ImageRef) -> ImageRef | None:
+    async def _since(self, image: ImageRef) -> ImageRef | None:
         name = self._options.from_snapshot
         if name is None:
             return None
-        since = await find(cluster, replace(self._spec, snapshot=name))
+        since = await resolve(self.cluster, replace(self.spec, snapshot=name))
         if image.snapshot_id is not None and (since.snapshot_id or 0) > image.snapshot_id:
-            raise RbdfsError(f"--from-snap {name} is later than {self._spec}")
+            raise RbdfsError(f"--from-snap {name} is later than {self.spec}")
         return since
 
     async def _print(self, found: ImageDiff, source: CephImage) -> None:
         layout = Layout(source.object_size, source.stripe_unit, source.stripe_count)
-        shown = _Json() if self._options.as_json else _Table(self._spec, self._options.from_snapshot, source, layout)
+        shown = _Json() if self._options.as_json else _Table(self.spec, self._options.from_snapshot, source, layout)
         await _write(shown.head())
         async with aclosing(found.extents()) as batches:
             async for extents in batches:
@@ -124,7 +92,7 @@ class _Diff:
 
 
 class _Json:
-    """As `rbd diff --format json`, a line for each."""
+    """The list of `rbd diff --format json`, one extent a line."""
 
     def __init__(self) -> None:
         self._is_first = True
@@ -143,14 +111,16 @@ class _Json:
 
 
 class _Table:
-    """The columns of `rbd diff`, with what is compared before, and a picture and the totals after."""
+    """The columns of `rbd diff`; before them what is compared, after them a bar and the totals."""
 
     def __init__(self, spec: ImageSpec, since: str | None, source: CephImage, layout: Layout) -> None:
         self._layout = layout
         self._width = max(len("Offset"), len(str(source.size)))
-        what = "since it was made" if since is None else f"since {replace(spec, snapshot=since)}"
-        self._head = f"{spec}, {in_units(source.size)} in objects of {in_units(source.object_size)}: changes {what}\n"
-        self._picture = Picture(0, source.size, source.object_size, shutil.get_terminal_size().columns)
+        what = "since its creation" if since is None else f"since {replace(spec, snapshot=since)}"
+        self._head = (
+            f"{spec}, {format_bytes(source.size)} in objects of {format_bytes(source.object_size)}: changes {what}\n"
+        )
+        self._bar = AllocationBar(0, source.size, source.object_size, shutil.get_terminal_size().columns)
         self._bytes = {True: 0, False: 0}
         self._objects = 0
         self._set = -1
@@ -169,7 +139,7 @@ class _Table:
 
     def _count(self, row: Diff) -> None:
         offset, length, exists = row
-        self._picture.add(offset, length, is_data=exists)
+        self._bar.add(offset, length, is_data=exists)
         self._bytes[exists] += length
         object_set = offset // (self._layout.object_size * self._layout.stripe_count)
         if object_set != self._set:
@@ -180,17 +150,17 @@ class _Table:
 
     def tail(self) -> Iterator[str]:
         encoding, data, zeros = sys.stdout.encoding, self._bytes[True], self._bytes[False]
-        yield f"{self._picture.draw(encoding)}\n{legend(encoding, in_units(self._picture.cell_bytes), KINDS)}\n"
+        yield f"{self._bar.draw(encoding)}\n{legend(encoding, format_bytes(self._bar.cell_bytes), KINDS)}\n"
         yield (
-            f"{data + zeros} bytes in {self._objects} objects: {data} data ({in_units(data)}), "
-            f"{zeros} zero ({in_units(zeros)})\n"
+            f"{data + zeros} bytes in {self._objects} objects: {data} data ({format_bytes(data)}), "
+            f"{zeros} zero ({format_bytes(zeros)})\n"
         )
 
 
 def whole_objects(layout: Layout, size: int, extents: Iterable[Diff]) -> Iterator[Diff]:
-    """All of each object that has a change, up to the image's size, in order; it is zero if all its changes are.
+    """Each object that has a change, as extents in order, up to the image's size; zero if all its changes are.
 
-    The extents are in order and hold whole object sets; so does what is returned.
+    `extents` are in order and hold whole object sets; so does the result.
     """
     period = layout.object_size * layout.stripe_count
     number, touched = 0, dict[int, bool]()
@@ -213,7 +183,7 @@ def _all_of(layout: Layout, size: int, touched: dict[int, bool]) -> list[Diff]:
 
 
 async def _write(pieces: Iterable[str]) -> None:
-    """To standard output, whose reader may be slow. Raises BrokenPipeError, TargetError."""
+    """Write to standard output, whose reader may be slow. Raises BrokenPipeError, TargetError."""
     text = "".join(pieces).encode(sys.stdout.encoding, "surrogateescape")
     if text:
         await run_in_thread(_write_all, text, abandon_on_cancel=True)

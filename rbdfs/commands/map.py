@@ -1,34 +1,30 @@
-"""`rbdfs map`: where an image's bytes lie: extents → objects → placement groups → OSDs."""
+"""`rbdfs map`: where an image's bytes are: extents → objects → placement groups → OSDs."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import trio
-
 from rbdfs.ceph.allocation import Allocation
-from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.ceph.placement import NO_OSD
-from rbdfs.commands.allocation_bar import legend, picture
-from rbdfs.commands.resolve import connect_for, find, with_pool
-from rbdfs.commands.units import in_units
-from rbdfs.errors import RbdfsError, UsageError
+from rbdfs.commands.allocation_bar import draw_bar, legend
+from rbdfs.commands.formatting import format_bytes, json_lines
+from rbdfs.commands.image_command import ImageCommand
+from rbdfs.errors import UsageError
 from rbdfs.image.holes import HoleMap, Kind
 from rbdfs.image.striper import Layout, ObjectExtent, file_to_extents
 from rbdfs.spec import ImageSpec
 
 ROWS = 100
-"""As many as a person reads; the rest is counted."""
+"""Rows to print for a person; the rest is counted."""
 
 DATA, HOLE, PARENT = "data", "hole", "parent"
 
 
 @dataclass(frozen=True, slots=True)
 class MapOptions:
-    """What `rbdfs map` was asked for. Offset and length in bytes of the image; no length is all the rest."""
+    """The options of `rbdfs map`. Offset and length are bytes of the image; without a length, to its end."""
 
     cluster: ClusterOptions
     image: str
@@ -39,7 +35,7 @@ class MapOptions:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A piece of the image that lies in one object, or a hole over several, of which none is named."""
+    """A range of the image in one object, or a hole over several objects, without their names."""
 
     offset: int
     length: int
@@ -49,12 +45,12 @@ class Row:
     object_offset: int | None = None
     pg: str | None = None
     osds: Sequence[int] | None = None
-    """The acting set, as `placements` has it."""
+    """The acting set, as `Cluster.placements` returns it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """An image, and the rows that were asked for."""
+    """An image, and the rows of the range that was asked for."""
 
     spec: ImageSpec
     data_pool: str
@@ -67,44 +63,31 @@ class Mapped:
 
 
 def map_image(options: MapOptions) -> int:
-    """Print it. The exit status. Raises RbdfsError."""
-    spec = ImageSpec.parse(options.image, default_pool="")
-    found = trio.run(_map, options, spec)
-    if isinstance(found, RbdfsError):
-        raise found
-    for line in _as_json(found) if options.as_json else _as_table(found):
-        print(line)
-    return 0
+    """Print it. Returns the exit status; each failure is told in one line by then. Raises UsageError."""
+    return _Map(options).run()
 
 
-async def _map(options: MapOptions, spec: ImageSpec) -> Mapped | RbdfsError:
-    try:
-        cluster = await connect_for(options.cluster, spec)
-    except RbdfsError as error:
-        return error
-    try:
-        return await _look(cluster, options, spec)
-    except RbdfsError as error:
-        return error
-    finally:
-        with trio.CancelScope(shield=True):
-            await cluster.aclose()
+class _Map(ImageCommand):
+    def __init__(self, options: MapOptions) -> None:
+        super().__init__(options.cluster, options.image)
+        self._options = options
 
-
-async def _look(cluster: Cluster, options: MapOptions, spec: ImageSpec) -> Mapped:
-    spec = with_pool(cluster, spec)
-    image = await find(cluster, spec)
-    found = await cluster.allocation(image, options.offset, options.length)
-    if options.offset and options.offset >= found.size:
-        raise UsageError(f"{spec} ends at {found.size}, before --offset {options.offset}")
-    end = found.size if options.length is None else min(found.size, options.offset + options.length)
-    rows = list(_rows(found, options.offset, end))
-    left_out = 0 if options.as_json else max(0, len(rows) - ROWS)
-    rows = rows[: len(rows) - left_out]
-    names = {row.object for row in rows if row.object is not None}
-    placed = await cluster.placements(found.data_pool_id, spec.namespace, names)
-    rows = [row if row.object is None else _placed(row, placed[row.object]) for row in rows]
-    return Mapped(spec, await cluster.pool_name(found.data_pool_id), found, options.offset, end, rows, left_out)
+    async def work(self) -> None:
+        options = self._options
+        image = await self.find()
+        found = await self.cluster.allocation(image, options.offset, options.length)
+        if options.offset and options.offset >= found.size:
+            raise UsageError(f"{self.spec} ends at {found.size}, before --offset {options.offset}")
+        end = found.size if options.length is None else min(found.size, options.offset + options.length)
+        rows = list(_rows(found, options.offset, end))
+        left_out = 0 if options.as_json else max(0, len(rows) - ROWS)
+        rows = rows[: len(rows) - left_out]
+        names = {row.object for row in rows if row.object is not None}
+        placed = await self.cluster.placements(found.data_pool_id, self.spec.namespace, names)
+        rows = [row if row.object is None else _placed(row, placed[row.object]) for row in rows]
+        data_pool = await self.cluster.pool_name(found.data_pool_id)
+        mapped = Mapped(self.spec, data_pool, found, options.offset, end, rows, left_out)
+        self.lines = _as_json(mapped) if options.as_json else _as_table(mapped)
 
 
 def _placed(row: Row, place: tuple[str, Sequence[int]]) -> Row:
@@ -123,7 +106,7 @@ def _rows(found: Allocation, start: int, end: int) -> Iterator[Row]:
 
 
 def _is_small(layout: Layout, start: int, end: int) -> bool:
-    """Whether a range may lie in one object."""
+    """Whether a range may fit in one object."""
     return end - start <= layout.object_size
 
 
@@ -133,7 +116,7 @@ def _row(found: Allocation, kind: str, extent: ObjectExtent) -> Row:
 
 
 def _segments(found: Allocation, start: int, end: int) -> Iterator[tuple[int, int, str]]:
-    """What lies where, in order; it begins and ends where the range does."""
+    """The (start, end, kind) pieces of a range, in order."""
     own, shown = HoleMap(found.size), HoleMap(found.size)
     own.learn(start, end, found.own)
     shown.learn(start, end, found.shown)
@@ -157,26 +140,24 @@ def _as_json(found: Mapped) -> Iterator[str]:
         "data_pool": found.data_pool,
         "parent": facts.parent or None,
     }
-    yield json.dumps(head)[:-1] + ', "extents": ['
-    last = len(found.rows) - 1
-    for number, row in enumerate(found.rows):
-        yield json.dumps(asdict(row)) + ("," if number < last else "")
-    yield "]}"
+    return json_lines(head, "extents", [asdict(row) for row in found.rows])
 
 
 def _as_table(found: Mapped) -> Iterator[str]:
     facts, encoding = found.allocation, sys.stdout.encoding
-    striped = f", striped by {in_units(facts.stripe_unit)} over {facts.stripe_count}" if facts.stripe_count > 1 else ""
+    striped = (
+        f", striped by {format_bytes(facts.stripe_unit)} over {facts.stripe_count}" if facts.stripe_count > 1 else ""
+    )
     yield (
-        f"{found.spec}: {in_units(facts.size)} in objects of {in_units(facts.object_size)}{striped}, "
+        f"{found.spec}: {format_bytes(facts.size)} in objects of {format_bytes(facts.object_size)}{striped}, "
         f"{facts.object_prefix}.* in pool {found.data_pool}"
     )
     if facts.parent:
         yield f"a clone of {facts.parent}"
     width = shutil.get_terminal_size().columns
-    cells, cell_bytes = picture(found.start, found.end, facts.object_size, facts.own, facts.shown, width, encoding)
+    cells, cell_bytes = draw_bar(found.start, found.end, facts.object_size, facts.own, facts.shown, width, encoding)
     yield cells
-    yield legend(encoding, in_units(cell_bytes))
+    yield legend(encoding, format_bytes(cell_bytes))
     yield ""
     yield from _columns(found.rows)
     if found.rows_left_out:

@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from rbdfs import __version__
-from rbdfs.commands.live_mount import LiveMount
 from rbdfs.commands.logs import in_utf8
+from rbdfs.commands.running_mount import RunningMount
 from rbdfs.errors import MountError
 from rbdfs.fuse.protocol import OPERATIONS
 from rbdfs.fuse.requests import BUCKET_SECONDS, Latency
@@ -38,7 +38,7 @@ def serve_metrics(address: str, port: int) -> CollectorRegistry:
 class MountCollector(Collector):
     """What the threads of the library ask; the trio thread answers."""
 
-    def __init__(self, mount: LiveMount) -> None:
+    def __init__(self, mount: RunningMount) -> None:
         """To be made in the trio thread."""
         self._mount = mount
         self._token = trio.lowlevel.current_trio_token()
@@ -51,7 +51,7 @@ class MountCollector(Collector):
             return ()
 
 
-def metrics(mount: LiveMount) -> Iterator[Metric]:
+def metrics(mount: RunningMount) -> Iterator[Metric]:
     """All of them, as of now."""
     requests, cache, health = mount.requests, mount.cache, mount.health
 

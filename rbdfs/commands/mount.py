@@ -19,8 +19,8 @@ import trio
 from rbdfs.ceph.bindings.malloc import use_one_heap
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connection.connect import ClusterOptions
-from rbdfs.commands.live_mount import LiveMount
 from rbdfs.commands.logs import log_to
+from rbdfs.commands.running_mount import RunningMount
 from rbdfs.commands.shutdown import exit_at_the_latest
 from rbdfs.commands.status_server import listen_for_status, serve_status
 from rbdfs.commands.systemd import ServiceManager, keep_informed
@@ -105,7 +105,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
 
     with ExitStack() as ending:
 
-        async def serve_and_tell(session: Session, live: LiveMount) -> None:
+        async def serve_and_tell(session: Session, live: RunningMount) -> None:
             async with trio.open_nursery() as nursery:
 
                 def usable() -> None:
@@ -126,7 +126,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
 
         try:
             with mounted(operations, options.mountpoint, options.fuse_options) as session:
-                live = LiveMount(
+                live = RunningMount(
                     session.mount.mountpoint,
                     cluster.fsid,
                     options.cluster.name,
@@ -149,7 +149,7 @@ def _allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _serve_metrics(address: tuple[str, int] | None) -> Callable[[LiveMount], None]:
+async def _serve_metrics(address: tuple[str, int] | None) -> Callable[[RunningMount], None]:
     """Before anything else, since it can fail. Takes the mount that figures are to be told of, once there is one."""
     if address is None:
         return lambda _: None

@@ -1,38 +1,47 @@
-"""How far a copy is: a bar on a terminal, now and then a line elsewhere."""
+"""The progress of a copy: a bar on a terminal, a line now and then elsewhere."""
 
 import os
 import sys
+from collections.abc import Awaitable, Callable
 
 import trio
 
-from rbdfs.commands.units import in_units
+from rbdfs.commands.formatting import format_bytes
+from rbdfs.errors import RbdfsError
 from rbdfs.export.copy import Copy
 
 REDRAW_SECONDS = 0.2
 LINE_SECONDS = 30.0
-"""Between two lines in a log."""
+"""Time between two lines in a log."""
 
 
 def load_bar() -> None:
-    """Raise ImportError where the bar will be needed and cannot be had: better now than in the midst of a copy."""
+    """Raise ImportError if a bar will be needed and its module is missing: better now than during the copy."""
     if sys.stderr.isatty():
         import tqdm  # noqa: F401, PLC0415  (takes a tenth of the time of a small export)
 
 
-async def show_progress(copy: Copy, name: str) -> None:
-    """Show it until cancelled, on stderr."""
-    if sys.stderr.isatty():
-        await _draw_bar(copy, name)
-    else:
-        await _print_lines(copy, name)
+async def with_progress(work: Callable[[], Awaitable[None]], copy: Copy, name: str, *, shown: bool) -> None:
+    """Do the work and show the progress of its copy on stderr, if `shown`. Raises the RbdfsError of the work."""
+    failure: RbdfsError | None = None
+    async with trio.open_nursery() as nursery:
+        if shown:
+            nursery.start_soon(_draw_bar if sys.stderr.isatty() else _print_lines, copy, name)
+        try:
+            await work()
+        except RbdfsError as error:  # the nursery might wrap one that leaves it
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def _draw_bar(copy: Copy, name: str) -> None:
     from tqdm import tqdm  # noqa: PLC0415  (see load_bar)
 
-    tqdm.monitor_interval = 0  # no thread that looks after bars which nobody redraws
+    tqdm.monitor_interval = 0  # starts no thread: we redraw the bar ourselves
     columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    shape = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}  # a serial line does not say
+    shape = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}  # a serial line has no size
     with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, **shape) as bar:
 
         def redraw() -> None:
@@ -53,18 +62,18 @@ async def _print_lines(copy: Copy, name: str) -> None:
     while True:
         await trio.sleep(LINE_SECONDS)
         seconds = trio.current_time() - began
-        print(f"rbdfs: {name}: {_how_far(copy, seconds)}", file=sys.stderr, flush=True)
+        print(f"rbdfs: {name}: {_progress_of(copy, seconds)}", file=sys.stderr, flush=True)
 
 
-def _how_far(copy: Copy, seconds: float) -> str:
+def _progress_of(copy: Copy, seconds: float) -> str:
     total = copy.data_bytes + copy.unknown_bytes
     rate = copy.copied_bytes / seconds
     left = f", {(total - copy.copied_bytes) / rate:.0f} s left" if rate else ""
-    return f"{in_units(copy.copied_bytes)} of {in_units(total)} of data, {in_units(rate)}/s{left}"
+    return f"{format_bytes(copy.copied_bytes)} of {format_bytes(total)} of data, {format_bytes(rate)}/s{left}"
 
 
 def summary(copy: Copy, name: str, seconds: float) -> str:
-    """What was done, as a line."""
-    rate = in_units(copy.copied_bytes / max(seconds, 0.001))
-    data = f"{in_units(copy.copied_bytes)} of data in {seconds:.1f} s, {rate}/s"
-    return f"copied {name}, {in_units(copy.size)}: {data}"
+    """A line about a copy that has ended."""
+    rate = format_bytes(copy.copied_bytes / max(seconds, 0.001))
+    data = f"{format_bytes(copy.copied_bytes)} of data in {seconds:.1f} s, {rate}/s"
+    return f"copied {name}, {format_bytes(copy.size)}: {data}"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from rbdfs.commands.status_channel import name_of, peer_of
-from rbdfs.commands.units import in_time, in_units
+from rbdfs.commands.formatting import format_bytes, format_seconds
+from rbdfs.commands.status_socket import name_of, peer_of
 from rbdfs.errors import MountError
 from rbdfs.fuse.mountinfo import MountInfo, mount_id, mountinfo
 from rbdfs.fuse.mounting import TYPE, printable
@@ -141,12 +141,12 @@ def _as_text(found: Found) -> Iterator[str]:
 def _text_of(report: Mapping[str, Any], pid: int | None) -> list[str]:
     """Lines with a title each."""
     cache, flight = report["cache"], report["in_flight"]
-    fill = f"{in_units(cache['bytes'])} of {in_units(cache['budget_bytes'])}"
+    fill = f"{format_bytes(cache['bytes'])} of {format_bytes(cache['budget_bytes'])}"
     rows = [
         ("cluster", f"{report['fsid']} as {report['client']}: {_state_of(report)}"),
-        ("process", f"{pid}, up {in_time(time.time() - report['started'])}, rbdfs {report['version']}"),
+        ("process", f"{pid}, up {format_seconds(time.time() - report['started'])}, rbdfs {report['version']}"),
         ("cache", f"{fill}, hits {cache['hits']:,}, misses {cache['misses']:,}"),
-        ("in flight", f"{flight['reads']:,} reads, {in_units(flight['bytes'])}; {flight['queued']:,} queued"),
+        ("in flight", f"{flight['reads']:,} reads, {format_bytes(flight['bytes'])}; {flight['queued']:,} queued"),
         *_rows("open", report["open_files"], [_opened(each) for each in report["open"][:ROWS]]),
         *_rows("waiting", report["requests_waiting"], [_waiting(each) for each in report["waiting"][:ROWS]]),
         *_rows("last errors", len(report["errors"]), [_error(each) for each in report["errors"]]),
@@ -171,13 +171,13 @@ def _rows(title: str, count: int, shown: list[str]) -> list[tuple[str, str]]:
 
 def _opened(opened: Mapping[str, Any]) -> str:
     who = f"{opened['command'] or 'a process that is gone'} ({opened['pid']})"
-    return f"{opened['image']} by {who}, for {in_time(opened['seconds'])}"
+    return f"{opened['image']} by {who}, for {format_seconds(opened['seconds'])}"
 
 
 def _waiting(request: Mapping[str, Any]) -> str:
     image = f" of {request['image']}" if request["image"] is not None else ""
     at = f" at {request['offset']}" if request["offset"] is not None else ""
-    return f"{request['operation']}{image}{at}, for {in_time(request['seconds'])}"
+    return f"{request['operation']}{image}{at}, for {format_seconds(request['seconds'])}"
 
 
 def _error(error: Mapping[str, Any]) -> str:

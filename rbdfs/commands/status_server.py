@@ -10,8 +10,8 @@ from typing import Final
 import trio
 
 from rbdfs import __version__
-from rbdfs.commands.live_mount import LiveMount
-from rbdfs.commands.status_channel import name_of, peer_of
+from rbdfs.commands.running_mount import RunningMount
+from rbdfs.commands.status_socket import name_of, peer_of
 from rbdfs.fuse.protocol import LSEEK, OPERATIONS, READ
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def listen_for_status(device_number: tuple[int, int] | None) -> socket.socket | 
     return listener
 
 
-async def serve_status(live: LiveMount, listener: socket.socket) -> None:
+async def serve_status(live: RunningMount, listener: socket.socket) -> None:
     """Answer root and who has mounted it, until cancelled."""
 
     async def answer(stream: trio.SocketStream) -> None:
@@ -57,7 +57,7 @@ async def serve_status(live: LiveMount, listener: socket.socket) -> None:
     await trio.serve_listeners(answer, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
 
 
-def report(live: LiveMount) -> dict[str, object]:
+def report(live: RunningMount) -> dict[str, object]:
     """All that is told. Sizes in bytes, durations in seconds, times in seconds since the epoch."""
     now, cache, waiting = monotonic(), live.cache, live.requests.waiting
     opened = list(live.operations.opened.values())

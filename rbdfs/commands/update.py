@@ -1,7 +1,7 @@
-"""`rbdfs export --update`: what has to be copied for a file to become a copy of a snapshot."""
+"""`rbdfs export --update`: what to copy into a file so that it becomes a copy of a snapshot."""
 
 import time
-from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 import trio
@@ -22,9 +22,9 @@ HINT = "--full compares all of it with the image, and writes what differs"
 
 LATE_WRITES_SECONDS = 10.0
 OLD_SECONDS = 60.0
-"""A client that writes without the exclusive lock learns of a snapshot a moment after it was made (librbd waits for it
-for `rbd_notify_timeout`, 10 s by default, and then goes on): what it writes until then, the snapshot has. By the
-clocks of others, a snapshot is old enough only later."""
+"""A client that writes without the exclusive lock learns of a snapshot late (librbd waits `rbd_notify_timeout` for it,
+10 s by default): its writes until then change the snapshot. By our clock, a snapshot is old enough only later than
+that: other clocks may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +32,20 @@ class Plan:
     """How a file becomes a copy of a snapshot."""
 
     of: Copied | None
-    """What it is a copy of; None if that is not known."""
+    """The snapshot that it is a copy of; None if that is not known."""
     towards: tuple[Copied, ...] = ()
-    """What updates that did not end may have written to it, and last what it becomes; empty if it is that now."""
+    """The snapshots of unfinished updates, of which it may hold parts, and last the one to copy; empty if it is a copy
+    of that one already."""
     changes: Changes | None = None
-    """What is to be copied; None is all that differs."""
+    """The ranges to copy; None compares all."""
     notice: str = ""
-    """What a person should know of it."""
-    others: Sequence[CephImage] = ()
-    """To be closed in the end."""
+    """A line for a person."""
 
 
 async def copied_of(cluster: Cluster, spec: ImageSpec, source: CephImage, *, wait: bool) -> Copied | None:
-    """What a file's label shall say of a copy; None where the snapshot may still change, for it is being filled.
+    """The snapshot as a label names it; None if it may still change, because something is filling it.
 
-    Clients that do not take the exclusive lock may change it while it is new; `wait` until it is not.
+    `wait`: while the snapshot is so new that clients without the exclusive lock may change it, sleep; else None.
     """
     if source.image.snapshot_id is None or not source.state.is_settled:
         return None
@@ -59,10 +58,13 @@ async def copied_of(cluster: Cluster, spec: ImageSpec, source: CephImage, *, wai
     return Copied(origin, str(replace(spec, snapshot="")), spec.snapshot, created_ns)
 
 
-async def plan_update(cluster: Cluster, source: CephImage, new: Copied, target: UpdatedFile, *, full: bool) -> Plan:
-    """Find out what is to be copied. The file is as it was, until `UpdatedFile.begin`.
+async def plan_update(
+    cluster: Cluster, source: CephImage, new: Copied, target: UpdatedFile, closing: AsyncExitStack, *, full: bool
+) -> Plan:
+    """Find out what to copy. Does not change the file; `UpdatedFile.begin` does.
 
-    Raises LabelError where only `full` can help, and RbdfsError.
+    Opens the snapshots of unfinished updates, which `closing` closes. Raises LabelError if only `full` can help, and
+    RbdfsError.
     """
     if full:
         return Plan(None, (new,))
@@ -88,20 +90,15 @@ async def plan_update(cluster: Cluster, source: CephImage, new: Copied, target: 
         notice = f"{target.path} may hold parts of {gone[0]}, which was removed: all of it is compared"
         return Plan(label.of, (*earlier, new), notice=notice)
     others: list[CephImage] = []
-    try:
-        for copied in earlier:
-            name = snapshots[copied.origin.snapshot_id]
-            ref = replace(image, snapshot_id=copied.origin.snapshot_id)
-            others.append(await cluster.open_image(replace(spec, snapshot=name), ref))
-        kept_bytes = min(copied.origin.size for copied in (label.of, *label.towards))
-        since = replace(image, snapshot_id=label.of.origin.snapshot_id)
-        changes = await cluster.changes(since, [source, *others], kept_bytes)
-    except BaseException:
-        with trio.CancelScope(shield=True):
-            for other in others:
-                await other.close()
-        raise
-    return Plan(label.of, (*earlier, new), changes, others=others)
+    for copied in earlier:
+        name = snapshots[copied.origin.snapshot_id]
+        ref = replace(image, snapshot_id=copied.origin.snapshot_id)
+        others.append(await cluster.open_image(replace(spec, snapshot=name), ref))
+        closing.push_async_callback(others[-1].close)
+    kept_bytes = min(copied.origin.size for copied in (label.of, *label.towards))
+    since = replace(image, snapshot_id=label.of.origin.snapshot_id)
+    changes = await cluster.changes(since, [source, *others], kept_bytes)
+    return Plan(label.of, (*earlier, new), changes)
 
 
 def _head(image: ImageRef) -> ImageRef:
@@ -109,7 +106,7 @@ def _head(image: ImageRef) -> ImageRef:
 
 
 def _check_image(copied: Copied, new: Copied, target: UpdatedFile) -> None:
-    """Raise LabelError for a copy of another image."""
+    """Raise LabelError if it is a copy of another image."""
     old, origin = copied.origin, new.origin
     if old.cluster != origin.cluster:
         raise LabelError(f"{target.path} is a copy of {copied.image} of another cluster ({old.cluster}); {HINT}")
@@ -122,7 +119,7 @@ def _check_image(copied: Copied, new: Copied, target: UpdatedFile) -> None:
 
 
 def _check_old(old: Copied, new: Copied, snapshots: dict[int | None, str], target: UpdatedFile) -> None:
-    """Raise LabelError where what the file holds is not there any more to tell what has changed."""
+    """Raise LabelError if the snapshot that the file is a copy of was removed, or is not an earlier one."""
     old_id = old.origin.snapshot_id
     if old_id not in snapshots:
         another = ", and another snapshot has its name now" if old.snapshot in snapshots.values() else ""

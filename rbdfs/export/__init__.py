@@ -1,1 +1,1 @@
-"""Where an exported image goes: a file, a block device, a pipe. Knows neither Ceph nor FUSE."""
+"""Copies of images in files, block devices and pipes. Knows neither Ceph nor FUSE."""

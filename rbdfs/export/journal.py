@@ -1,8 +1,8 @@
-"""What of an unfinished file is done, so that a later export can go on: a file beside it.
+"""Which pieces of an unfinished file are written, so that a later export can continue: a file beside it.
 
-The first line says what is being copied. Then comes a record for each piece that was written: where it is, and a
-checksum of it. Nothing is synced on the way: a record is only a claim, and what it claims is compared with the file
-before it is believed. So it does not matter in which order file and journal reached the disk, or whether they did.
+The first line names the snapshot that is copied. Then comes a record for each piece that was written, with its
+range and its checksum. Nothing is synced before the end: a record is only a claim, and the file is checked against its
+checksum before it is trusted. So it does not matter which parts of file and journal reached the disk, in which order.
 """
 
 import json
@@ -18,7 +18,7 @@ _RECORD = struct.Struct("<QIII")  # offset, length, the data's CRC-32, the CRC-3
 
 
 class Origin(NamedTuple):
-    """What is being copied: bytes that never change."""
+    """A snapshot, by what no renaming changes."""
 
     cluster: str
     """Its fsid."""
@@ -31,8 +31,8 @@ class Origin(NamedTuple):
 
 
 def origin_of(cluster: str, snapshot: ImageRef, size: int) -> Origin:
-    """Of a snapshot in the cluster with this fsid; `size` in bytes."""
-    assert snapshot.snapshot_id is not None  # noqa: S101  (a HEAD is no bytes that never change)
+    """The origin of a copy of this snapshot; `cluster` is an fsid, `size` in bytes."""
+    assert snapshot.snapshot_id is not None  # noqa: S101  (a HEAD changes)
     where = snapshot.namespace
     return Origin(cluster, where.pool.id, where.name, snapshot.id, snapshot.snapshot_id, size)
 
@@ -43,32 +43,32 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_empty = True
-        """Whether not one piece was written."""
+        """Whether no piece was written."""
         self._checksums: dict[tuple[int, int], int] = {}
 
     def start(self, origin: Origin) -> None:
-        """Begin anew. Raises OSError."""
+        """Start an empty journal. Raises OSError."""
         self._checksums = {}
         with self.path.open("wb") as file:
             file.write(json.dumps(origin._asdict()).encode() + b"\n")
         self._file = self.path.open("ab", buffering=0)
 
     def is_of_another(self, origin: Origin) -> bool:
-        """Whether it is another image's, snapshot's or size's. Raises OSError."""
+        """Whether the journal on the disk is of another image, snapshot or size. Raises OSError."""
         head, newline, _ = self._read()
         return bool(newline) and not _is_of(head, origin)
 
     def _read(self) -> tuple[bytes, bytes, bytes]:
-        """The first line, its end, and the records."""
+        """The first line, its newline, and the records."""
         try:
             return self.path.read_bytes().partition(b"\n")
         except FileNotFoundError:
             return b"", b"", b""
 
     def resume(self, origin: Origin) -> bool:
-        """Take up what an earlier export wrote; False if there is nothing of use.
+        """Continue the journal of an earlier export; False if there is none.
 
-        Raises OSError, and TargetError if it is another image's.
+        Raises OSError; TargetError if it is of another image, snapshot or size.
         """
         head, newline, records = self._read()
         if not newline:
@@ -82,30 +82,30 @@ class Journal:
                 self._checksums[offset, length] = checksum
                 self.is_empty = False
         self._file = self.path.open("ab", buffering=0)
-        self._file.truncate(len(head) + 1 + whole)  # a record that was cut off
+        self._file.truncate(len(head) + 1 + whole)  # cuts off an incomplete record
         return True
 
     def add(self, offset: int, data: bytes) -> None:
-        """A piece was written. For any thread. Raises OSError."""
+        """Record a piece that was written. Any thread may call it. Raises OSError."""
         checksum = zlib.crc32(data)
         record = _RECORD.pack(offset, len(data), checksum, 0)[:-4]
         self.is_empty = False
         self._file.write(record + zlib.crc32(record).to_bytes(4, "little"))
 
     def claims(self, offset: int, length: int) -> bool:
-        """Whether a piece was written, or so it says."""
+        """Whether there is a record of this piece."""
         return (offset, length) in self._checksums
 
     def confirms(self, offset: int, data: bytes) -> bool:
-        """Whether these are the bytes that were written."""
+        """Whether a record of this piece has the checksum of `data`."""
         return self._checksums.get((offset, len(data))) == zlib.crc32(data)
 
     def close(self) -> None:
-        """Keep it."""
+        """Close the journal and keep it."""
         self._file.close()
 
     def remove(self) -> None:
-        """The file is whole, or gone."""
+        """Close the journal and remove it."""
         self._file.close()
         self.path.unlink(missing_ok=True)
         self.is_empty = True

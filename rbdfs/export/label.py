@@ -1,7 +1,7 @@
-"""What a file says of itself: of which snapshot it is a copy, and whether it is a whole one.
+"""The label of a file: which snapshot it is a copy of, and whether it is whole.
 
-It stands in an extended attribute of the file, or in a file beside it where there are none. It is not believed of a
-file that was written to since, nor of another file: so it also says which file it is of, and when that was written.
+It is an extended attribute of the file, or a file beside it if the file system has none. It also holds the inode, the
+size and the modification time: it is not trusted on another file, nor if somebody has written to the file since.
 """
 
 import errno
@@ -20,12 +20,12 @@ ATTRIBUTE = "user.rbdfs.copy"
 
 _VERSION = 1
 _NO_ATTRIBUTES = frozenset({errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG})
-"""The file system has none, or none of that size."""
+"""The file system has no extended attributes, or no room for this one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A snapshot that was copied: what no renaming changes, and what it was called then."""
+    """A snapshot that was copied: what no renaming changes, and the names it had then."""
 
     origin: Origin
     image: str
@@ -40,23 +40,23 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a file says of itself."""
+    """What a label says of its file."""
 
     of: Copied | None
-    """What it was a whole copy of; None if that is not known."""
+    """The snapshot of which it was a whole copy; None if that is not known."""
     towards: tuple[Copied, ...] = ()
-    """Empty if it still is. Else it is a mixture: of each of these it may hold parts."""
+    """Empty for a whole copy. Else it is a mixture, which may hold parts of each of these."""
 
     @property
     def whole(self) -> Copied | None:
-        """What it is a whole copy of."""
+        """The snapshot of which it is a whole copy."""
         return None if self.towards else self.of
 
 
 def write(descriptor: int, path: Path, label: Label, *, is_ended: bool = True) -> None:
-    """Label an open file, on the disk before this returns. Raises OSError.
+    """Label an open file and sync it. Raises OSError.
 
-    `is_ended`: nobody of us writes to it any more.
+    `is_ended`: rbdfs writes no more to the file, so that its modification time counts.
     """
     status = os.fstat(descriptor)
     fields = {
@@ -82,8 +82,7 @@ def write(descriptor: int, path: Path, label: Label, *, is_ended: bool = True) -
 
 
 def read(descriptor: int, path: Path) -> Label | None:
-    """What an open file says of itself; None if it says nothing. Raises OSError, and LabelError if it is not to be
-    believed."""
+    """The label of an open file, None without one. Raises OSError; LabelError if the label cannot be trusted."""
     text = _read_text(descriptor, path)
     if text is None:
         return None
@@ -95,7 +94,7 @@ def read(descriptor: int, path: Path) -> Label | None:
         label = Label(None if of is None else _copied(of), tuple(map(_copied, fields["towards"])))
         inode, size, mtime_ns = fields["inode"], fields["size"], fields["mtime_ns"]
     except (ValueError, KeyError, TypeError) as error:
-        raise LabelError(f"what {path} says of itself cannot be understood") from error
+        raise LabelError(f"the label of {path} cannot be read") from error
     status = os.fstat(descriptor)
     if status.st_ino != inode:
         raise LabelError(
@@ -110,7 +109,7 @@ def read(descriptor: int, path: Path) -> Label | None:
 
 
 def remove(descriptor: int, path: Path) -> None:
-    """It says nothing any more. Raises OSError."""
+    """Remove the label of an open file. Raises OSError."""
     _remove_attribute(descriptor)
     os.fsync(descriptor)
     path_beside(path).unlink(missing_ok=True)
@@ -118,7 +117,7 @@ def remove(descriptor: int, path: Path) -> None:
 
 
 def path_beside(path: Path) -> Path:
-    """The file that has the label where the file system has no extended attributes."""
+    """The file that holds the label if the file system has no extended attributes."""
     return path.with_name(f"{path.name}.rbdfs")
 
 

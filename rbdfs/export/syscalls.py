@@ -21,7 +21,7 @@ _ZEROS = bytes(1 << 20)
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
-    """Make a range of a file read as zeros, and take no room where that can be. Raises OSError."""
+    """Make a range of a file a hole; write zeros if the file system has no holes. Raises OSError."""
     if _libc.fallocate(descriptor, _KEEP_SIZE_AND_PUNCH_HOLE, offset, length) != 0:
         if ctypes.get_errno() != errno.EOPNOTSUPP:
             _raise_errno()
@@ -39,19 +39,19 @@ def zero_device(descriptor: int, offset: int, length: int) -> None:
 
 
 def rename_to_new(old: Path, new: Path) -> None:
-    """Rename, unless the new name is taken: then it raises FileExistsError."""
+    """Rename. Raises OSError; FileExistsError if the new name is taken."""
     if hasattr(_libc, "renameat2"):
         arguments = (_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE)
         if _libc.renameat2(*arguments) == 0:
             return
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
             _raise_errno()
-    os.link(old, new)  # a file system without that flag, such as NFS
+    os.link(old, new)  # the file system does not know the flag; NFS does not
     old.unlink()
 
 
 def sync_directory(path: Path) -> None:
-    """Have the names in it on the disk. Not every file system can."""
+    """Sync the names in a directory to the disk, if the file system can."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):

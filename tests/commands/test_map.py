@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rbdfs.ceph.placement import PlacementGroups, stable_mod
-from rbdfs.commands.allocation_bar import picture
+from rbdfs.commands.allocation_bar import draw_bar
 from tests.cluster import MIB, READ_ONLY_CAPS, Ceph, random_bytes, rbdfs
 from tests.commands.test_export import make_holed, snapshot
 
@@ -173,8 +173,8 @@ def test_the_table_is_for_people_and_has_an_end(ceph: Ceph) -> None:
 
 def test_a_picture_has_a_cell_for_each_object_or_for_several() -> None:
     data, shown = [(0, 4), (4, 2), (16, 4)], [(0, 12), (16, 4)]
-    assert picture(0, 24, 4, data, shown, 80, "utf-8") == ("█▓o·█·", 4)
-    assert picture(0, 24, 4, data, shown, 3, "utf-8") == ("█o▓", 8)
-    assert picture(0, 24, 4, data, shown, 3, "ascii") == ("#o=", 8)
-    assert picture(9, 18, 4, data, shown, 80, "utf-8") == ("o·█", 4)
-    assert picture(0, 0, 4, [], [], 80, "utf-8") == ("", 4)
+    assert draw_bar(0, 24, 4, data, shown, 80, "utf-8") == ("█▓o·█·", 4)
+    assert draw_bar(0, 24, 4, data, shown, 3, "utf-8") == ("█o▓", 8)
+    assert draw_bar(0, 24, 4, data, shown, 3, "ascii") == ("#o=", 8)
+    assert draw_bar(9, 18, 4, data, shown, 80, "utf-8") == ("o·█", 4)
+    assert draw_bar(0, 0, 4, [], [], 80, "utf-8") == ("", 4)

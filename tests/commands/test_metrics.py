@@ -25,8 +25,8 @@ from rbdfs.ceph.connection.recovery import Recovery
 from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.ceph.image.reads import Reads
 from rbdfs.cli import make_parser
-from rbdfs.commands.live_mount import LiveMount
 from rbdfs.commands.metrics import MountCollector, metrics
+from rbdfs.commands.running_mount import RunningMount
 from rbdfs.fuse.operations import Operations
 from rbdfs.fuse.protocol import READ, READDIR, READDIRPLUS
 from rbdfs.fuse.requests import Requests
@@ -40,16 +40,16 @@ KIB = 1024
 READS = 20
 
 
-def live_mount(mountpoint: str = "/mnt/rbdfs") -> LiveMount:
+def running_mount(mountpoint: str = "/mnt/rbdfs") -> RunningMount:
     """One of which nothing has been asked."""
     operations = cast(Operations, SimpleNamespace(files={}))
     cache = ObjectCache(MIB, 64, MIB)
-    return LiveMount(
+    return RunningMount(
         Path(mountpoint), "489effc2", "client.backup", 1e9, operations, Requests(), cache, ConnectionHealth()
     )
 
 
-def told(mount: LiveMount) -> dict[tuple[str, ...], float]:
+def told(mount: RunningMount) -> dict[tuple[str, ...], float]:
     """Each sample by its name and the values of its labels."""
     return {(sample.name, *sample.labels.values()): sample.value for each in metrics(mount) for sample in each.samples}
 
@@ -87,11 +87,13 @@ def port() -> int:
 def test_all_that_the_readme_lists_is_told_and_the_other_way_round() -> None:
     table = (CHECKOUT / "README.md").read_text().split("| metric |", 1)[1].split("\n\n", 1)[0]
     listed = set(re.findall(r"`(rbdfs_\w+)", table))
-    assert listed == {f"{each.name}_total" if each.type == "counter" else each.name for each in metrics(live_mount())}
+    assert listed == {
+        f"{each.name}_total" if each.type == "counter" else each.name for each in metrics(running_mount())
+    }
 
 
 def test_all_that_the_dashboard_asks_for_is_told() -> None:
-    mount = live_mount()
+    mount = running_mount()
     mount.requests.waiting[1] = (0.0, READ, 1, 0, 2, 0)
     mount.requests.end(1, 0, 1.0)
     names = {sample.name for each in metrics(mount) for sample in each.samples}
@@ -107,7 +109,7 @@ def test_all_that_the_dashboard_asks_for_is_told() -> None:
 
 
 def test_kinds_of_requests_that_are_one_operation_are_counted_together() -> None:
-    mount = live_mount()
+    mount = running_mount()
     for unique, opcode in enumerate((READDIR, READDIRPLUS, READDIRPLUS, 4096)):
         mount.requests.waiting[unique] = (0.0, opcode, 1, 0, 2, 0)
         mount.requests.end(unique, errno.EIO if opcode == READDIR else 0, 0.002)
@@ -125,7 +127,7 @@ def test_a_mount_point_that_is_not_utf8_is_told_all_the_same() -> None:
     registry = CollectorRegistry()
 
     async def tell() -> bytes:
-        registry.register(MountCollector(live_mount("/mnt/\udcff")))
+        registry.register(MountCollector(running_mount("/mnt/\udcff")))
         return await trio.to_thread.run_sync(generate_latest, registry)
 
     assert rb'mountpoint="/mnt/\\udcff"' in trio.run(tell)

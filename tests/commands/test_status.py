@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from rbdfs.commands import status, status_server
+from rbdfs.commands.formatting import format_seconds
 from rbdfs.commands.status import ANSWER_SECONDS, Found, StatusOptions, _answer_of, _as_json, _as_text, _ask
-from rbdfs.commands.status_channel import name_of
-from rbdfs.commands.units import in_time
+from rbdfs.commands.status_socket import name_of
 from rbdfs.errors import MountError
 from rbdfs.fuse.mountinfo import MountInfo, mountinfo
 from rbdfs.fuse.mounting import TYPE
@@ -100,7 +100,7 @@ def test_a_report_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     [(0.04, "0 s"), (59.9, "59.9 s"), (60, "1 min"), (3599, "59 min"), (3600, "1 h 0 min"), (90000, "1 d 1 h")],
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
-    assert in_time(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 # Who answers, and who may ask.

@@ -11,7 +11,7 @@ from rbdfs.image.cache import ObjectCache
 
 
 @dataclass(frozen=True, slots=True)
-class LiveMount:
+class RunningMount:
     """What it is, and where it counts what it does."""
 
     mountpoint: Path
