@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rbdfs import __version__
-from rbdfs.cli.cluster import EPILOG
 from rbdfs.cli.devcluster import add_devcluster
 from rbdfs.cli.diff import add_diff
 from rbdfs.cli.export import add_export
 from rbdfs.cli.map import add_map
 from rbdfs.cli.mount import add_mount
+from rbdfs.cli.options import EPILOG
 from rbdfs.cli.status import add_status
 from rbdfs.cli.verify import add_verify
 from rbdfs.commands.logs import ERROR, stderr_is_journal
@@ -32,11 +32,11 @@ DEBIAN_PACKAGES = {
     "librados": "librados2",
     "librbd": "librbd1",
 }
-"""Where the modules come from that a venv may lack."""
+"""The packages of the modules that a virtual environment may lack."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. The exit status."""
+    """Run one command. Returns its exit status."""
     ours, command_line = _split_at_dashes(sys.argv[1:] if arguments is None else arguments)
     try:
         options = make_parser().parse_args(ours, argparse.Namespace(command_line=command_line))
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Who read our output is gone. Nor can what is buffered of it be written at exit.
+        # The reader of our output is gone, and at exit Python would fail to write what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
 
 
 def _split_at_dashes(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """What stands before `--`, and the command after it."""
+    """The arguments before `--`, and the command after it."""
     position = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:position], arguments[position + 1 :]
 
@@ -76,7 +76,7 @@ def _fail(sentence: str, status: int) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; the man page and the completion of shells come from it, too."""
+    """The parser of the whole command line; the man page and shell completion are made from it too."""
     parser = argparse.ArgumentParser(
         prog="rbdfs",
         description="Every image in a Ceph cluster as a plain file.",

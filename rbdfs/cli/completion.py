@@ -1,6 +1,6 @@
-"""What a shell needs to complete a command line of rbdfs: `python -m rbdfs.cli.completion bash|zsh|fish`.
+"""Shell completion: `python -m rbdfs.cli.completion bash|zsh|fish` prints a script for the shell.
 
-A script for the shell that knows all commands and options, so that completing starts no Python.
+The script has all commands and options, so that completing starts no Python.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from rbdfs.cli import make_parser
 
 
 def completion(shell: str) -> str:
-    """The script for this shell."""
+    """The script for a shell."""
     parser = make_parser()
     _complete_paths(parser)
     return str(shtab.complete(parser, shell))
 
 
 def _complete_paths(parser: argparse.ArgumentParser) -> None:
-    """Tell shtab which values are files or directories, and which are neither."""
+    """Tell shtab which values are files, directories, or neither."""
     for action in parser._actions:  # noqa: SLF001  (argparse has no public way to its actions)
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
             for command in action.choices.values():

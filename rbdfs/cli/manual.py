@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from rbdfs import __version__
 from rbdfs.cli import make_parser
-from rbdfs.cli.cluster import CLUSTER_OPTIONS
+from rbdfs.cli.options import CLUSTER_OPTIONS
 
 PAGE = r"""
 .\" names of options must not be hyphenated
@@ -22,7 +22,7 @@ rbdfs \- every image in a Ceph cluster as a plain file
 \fBrbdfs\fR \fB\-\-version\fR
 .SH DESCRIPTION
 .B rbdfs mount
-shows the RBD images of a Ceph cluster as read\-only files, for whatever reads files:
+shows the RBD images of a Ceph cluster as read\-only files, for any program that reads files:
 .BR cp (1),
 .BR dd (1),
 .BR rsync (1),
@@ -40,9 +40,9 @@ compares a copy with it,
 .B rbdfs diff
 lists what has changed in it,
 .B rbdfs map
-shows where its bytes lie, and
+shows where its bytes are, and
 .B rbdfs devcluster
-runs a real Ceph in a folder, to try things on.
+runs a real Ceph in a folder, for experiments.
 .SS "What is where"
 .TP
 .I POOL/IMAGE
@@ -63,13 +63,13 @@ and
 .I POOL/@NAMESPACE
 A namespace that has the name of an image.
 .PP
-What cannot stand in a file name is written as in a URL: the image
+Characters that a file name cannot have are written as in a URL: the image
 .I a/b
 is the file
 .IR a%2Fb .
 The extended attributes
 .I user.rbd.*
-of a file say what is known of its image:
+of a file describe its image:
 .BR "getfattr \-d" .
 .SH COMMANDS
 {commands}
@@ -86,7 +86,7 @@ Success.
 .B 1
 The command failed. One line on standard error says why.
 .BR "rbdfs verify" :
-or what was compared differs, which standard output says.
+or the file differs, which standard output says.
 .TP
 .B 2
 Wrong usage.
@@ -101,7 +101,8 @@ Interrupted.
 .BI 128+ N
 .BR "rbdfs export" ,
 .BR "rbdfs verify" ,
-.BR "rbdfs diff" :
+.BR "rbdfs diff" ,
+.BR "rbdfs map" :
 stopped by signal
 .IR N .
 .PP
@@ -123,7 +124,7 @@ The key of
 .IR client.ID .
 .TP
 .I /etc/fuse.conf
-Users other than root may say
+Users other than root may use
 .B \-\-allow\-other
 if it has the line
 .BR user_allow_other .
@@ -149,7 +150,7 @@ umount /mnt/rbdfs
 .EE
 .in
 .PP
-A key for that, which may read images and nothing else:
+A key for it, which may only read images:
 .PP
 .in +4n
 .EX
@@ -176,7 +177,7 @@ systemctl enable \-\-now rbdfs@$(systemd\-escape \-\-path /mnt/rbdfs).service
 .EE
 .in
 .PP
-Copy a snapshot to a file, and go on if that is interrupted:
+Copy a snapshot to a file, or continue an interrupted copy:
 .PP
 .in +4n
 .EX
@@ -195,7 +196,7 @@ rbdfs export \-\-resume rbd/vm1@monday vm1.raw
 
 
 def manual() -> str:
-    """The page, in the macros of man(7)."""
+    """The man page, in the macros of man(7)."""
     commands = list(_commands(make_parser()))
     return PAGE.lstrip().format(
         version=__version__,
@@ -205,7 +206,7 @@ def manual() -> str:
     )
 
 
-# argparse has no public way to what a parser knows.
+# argparse has no public way to the contents of a parser.
 # ruff: noqa: SLF001
 
 
@@ -224,7 +225,7 @@ def _groups(parser: argparse.ArgumentParser) -> dict[str | None, list[argparse.A
 
 
 def _command(parser: argparse.ArgumentParser) -> str:
-    """What a command does, and its options; those of the cluster have a section of their own."""
+    """The description of a command and its options, without the cluster options, which have a section of their own."""
     groups = _groups(parser)
     lines = [f".SS {_roff(parser.prog)}", _roff(parser.description or "")]
     lines += [_options(actions) for title, actions in groups.items() if title != CLUSTER_OPTIONS and actions]
@@ -250,7 +251,7 @@ def _options(actions: Iterable[argparse.Action]) -> str:
 
 
 def _value(action: argparse.Action) -> str:
-    """What an option or an argument takes: a name in italics, or the choices."""
+    """The value of an option or an argument: a name in italics, or the choices."""
     if action.choices is not None:
         return "|".join(rf"\fB{_roff(str(choice))}\fR" for choice in action.choices)
     name = rf"\fI{_roff(str(action.metavar or action.dest.upper()))}\fR"
@@ -258,7 +259,7 @@ def _value(action: argparse.Action) -> str:
 
 
 def _roff(text: str) -> str:
-    """Text that roff prints as it is."""
+    """Escape text so that roff prints it unchanged."""
     text = text.replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq")
     return re.sub(r"^(?=[.'])", r"\\&", text)
 

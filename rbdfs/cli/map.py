@@ -1,30 +1,27 @@
-"""`rbdfs map`: its options."""
+"""The options of `rbdfs map`."""
 
 import argparse
 
-from rbdfs.cli.cluster import EPILOG, add_cluster_options, cluster_options
-from rbdfs.cli.images import add_image
+from rbdfs.cli.options import add_cluster_options, add_command, add_image, cluster_options
 from rbdfs.cli.types import size
 
 
 def add_map(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The command `map`."""
-    parser = commands.add_parser(
+    """Add the command `map`."""
+    parser = add_command(
+        commands,
         "map",
-        help="show where an image's bytes lie: objects, placement groups, OSDs",
-        description="Show in which objects, placement groups and OSDs an image's bytes lie, and which are holes or its "
+        summary="show where an image's bytes are: objects, placement groups, OSDs",
+        description="Show in which objects, placement groups and OSDs an image's bytes are, and which are holes or its "
         "parent's. A hole over several objects is one row, without an object. Sizes and offsets are in bytes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_image(parser)
-    parser.add_argument("--offset", metavar="N", type=size, default=0, help="where to begin in the image: 0, 12G [0]")
-    parser.add_argument("--length", metavar="N", type=size, help="how much of it [to the end]")
+    parser.add_argument("--offset", metavar="N", type=size, default=0, help="where to start in the image: 0, 12G [0]")
+    parser.add_argument("--length", metavar="N", type=size, help="how many bytes to show: 64M [to the end]")
     parser.add_argument(
         "--json",
         action="store_true",
-        help="all of it, for scripts; the table ends after 100 rows; an OSD that the table calls none is 2147483647, "
+        help="print all rows, for scripts; the table ends after 100; an OSD that the table calls none is 2147483647, "
         "as in ceph osd map --format json",
     )
     add_cluster_options(parser)

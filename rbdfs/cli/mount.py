@@ -1,4 +1,4 @@
-"""`rbdfs mount`: its options."""
+"""The options of `rbdfs mount`."""
 
 import argparse
 import logging
@@ -7,47 +7,47 @@ import re
 from functools import partial
 from pathlib import Path
 
-from rbdfs.cli.cluster import EPILOG, add_cluster_options, cluster_options
+from rbdfs.cli.options import add_cluster_options, add_command, cluster_options
 from rbdfs.cli.types import address, octal, size
 
 OPTION = re.compile(r'(?:\\.|"[^"]*"|[^,])+')
-"""Of those that commas separate after -o; a comma in an option stands in quotes or behind a backslash."""
+"""One of the options after -o, which commas separate; a comma within one is quoted or follows a backslash."""
 
 
 def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The command `mount`."""
-    parser = commands.add_parser(
+    """Add the command `mount`."""
+    parser = add_command(
+        commands,
         "mount",
-        help="show the images of a cluster as files",
+        summary="show the images of a cluster as files",
         description="Mount a cluster's images, read-only: MOUNTPOINT/POOL/IMAGE, or POOL/NAMESPACE/IMAGE. A "
-        "snapshot is IMAGE@SNAPSHOT, and listed in the hidden directory .snap/IMAGE/ beside its image. Returns when "
-        "the mount is usable, "
-        "then serves in the background until 'umount MOUNTPOINT' ('fusermount3 -u MOUNTPOINT' without root).",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "snapshot is IMAGE@SNAPSHOT, listed in the hidden directory .snap/IMAGE/ beside its image. Returns when the "
+        "mount is usable, then serves in the background until 'umount MOUNTPOINT' ('fusermount3 -u MOUNTPOINT' without "
+        "root).",
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", type=Path, help="an existing directory")
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, log to stderr")
-    parser.add_argument("-p", "--pool", metavar="POOL", action="append", default=[], help="only this pool; repeatable")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what is done as well, not only what is wrong")
+    parser.add_argument(
+        "-p", "--pool", metavar="POOL", action="append", default=[], help="show only this pool; repeatable"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log normal events too, not only problems")
     parser.add_argument("-d", "--debug", action="store_true", help="log everything")
     parser.add_argument(
-        "--log-file", metavar="FILE", type=Path, help="log there [syslog in the background, else stderr]"
+        "--log-file", metavar="FILE", type=Path, help="file to log to [syslog in the background, else stderr]"
     )
     parser.add_argument(
         "--metrics",
         metavar="[ADDRESS:]PORT",
         type=address,
-        help="serve figures for Prometheus there, by HTTP [none]; without ADDRESS to this host alone, at 127.0.0.1",
+        help="serve figures for Prometheus there, by HTTP [none]; without ADDRESS only to this host, at 127.0.0.1",
     )
 
-    look = parser.add_argument_group("what files look like")
-    look.add_argument("--allow-other", action="store_true", help="let other users in; see /etc/fuse.conf")
-    look.add_argument("--uid", type=int, default=os.getuid(), help="numeric owner of the files [who mounts]")
-    look.add_argument("--gid", type=int, default=os.getgid(), help="numeric group of the files [who mounts]")
+    look = parser.add_argument_group("owner and permissions of the files")
+    look.add_argument("--allow-other", action="store_true", help="let other users use the mount; see /etc/fuse.conf")
+    look.add_argument("--uid", type=int, default=os.getuid(), help="numeric owner of the files [the user who mounts]")
+    look.add_argument("--gid", type=int, default=os.getgid(), help="numeric group of the files [the user who mounts]")
     look.add_argument(
-        "--umask", type=octal, default=0, metavar="OCTAL", help="permissions to take away from 0444 and 0555 [0]"
+        "--umask", type=octal, default=0, metavar="OCTAL", help="permissions to remove from 0444 and 0555 [0]"
     )
 
     speed = parser.add_argument_group("speed and memory")
@@ -56,12 +56,12 @@ def add_mount(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="SIZE",
         type=size,
         default="256M",
-        help="memory for image data, read or read ahead, shared by all files [256M]; 0 turns cache and readahead off",
+        help="memory for image data, shared by all files [256M]; 0 turns cache and readahead off",
     )
     speed.add_argument(
         "--direct-io",
         action="store_true",
-        help="pass by the kernel's page cache: less CPU for large reads, far more for small ones, no mmap",
+        help="bypass the kernel's page cache: less CPU for large reads, far more for small ones, no mmap",
     )
     parser.add_argument(
         "-o",
@@ -99,7 +99,7 @@ def _mount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _take_mount_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    """Treat what follows `-o` as the option of the same name, as mount(8) and fstab have it; returns all others."""
+    """Read each option after `-o` as our own option of that name, as in fstab. Returns those that are not ours."""
     others = []
     for option in (option for text in options.o for option in OPTION.findall(text)):
         name, equals, value = re.sub(r"\\(.)", r"\1", option).partition("=")

@@ -1,28 +1,31 @@
-"""`rbdfs status`: its options."""
+"""The options of `rbdfs status`."""
 
 import argparse
 from pathlib import Path
 
+from rbdfs.cli.options import add_command
+
 EPILOG = """\
-exit status: 0 every mount that is shown answers, 1 one does not, or MOUNTPOINT is no mount, 2 wrong usage
+exit status: 0 every mount shown answers, 1 one does not, or MOUNTPOINT is no rbdfs mount, 2 wrong usage
 """
 
 
 def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The command `status`."""
-    parser = commands.add_parser(
+    """Add the command `status`."""
+    parser = add_command(
+        commands,
         "status",
-        help="show the mounts of this host, what they have open, and what waits",
-        description="Show the mounts of this host: cluster and client, which process serves it, what is open and who "
-        "has opened it, how full the cache is, what waits and for how long, and the last errors. A mount tells root "
-        "and the user who mounted it, and does not ask the cluster for that.",
+        summary="show the mounts of this host, their open files and waiting requests",
+        description="Show the mounts of this host: cluster and client, the process that serves it, open files and the "
+        "processes that opened them, how full the cache is, which requests wait and for how long, and the last errors. "
+        "A mount answers only root and the user who mounted it, and asks the cluster nothing.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", type=Path, help="this one alone [all]")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", type=Path, help="show only this mount [all]")
     parser.add_argument(
-        "--json", action="store_true", help="for scripts: sizes in bytes, durations in seconds, times since the epoch"
+        "--json",
+        action="store_true",
+        help="print JSON for scripts: sizes in bytes, durations in seconds, times since the epoch",
     )
     parser.set_defaults(command=_status)
 

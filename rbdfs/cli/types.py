@@ -1,4 +1,4 @@
-"""What is written on a command line → values."""
+"""Types of values on the command line: text → value."""
 
 import argparse
 import hashlib
@@ -28,7 +28,7 @@ def size(text: str) -> int:
 
 
 def rate(text: str) -> int:
-    """Bytes in a second, more than none; a trailing /s is understood."""
+    """Bytes per second, more than 0; a trailing /s is allowed."""
     bytes_per_second = size(text.removesuffix("/s"))
     if not bytes_per_second:
         raise argparse.ArgumentTypeError(f"{text} would never end")
@@ -36,7 +36,7 @@ def rate(text: str) -> int:
 
 
 def digest(text: str) -> str:
-    """A digest of a fixed length, by hashlib's name."""
+    """The name of a digest of fixed length, as hashlib knows it."""
     try:
         known = hashlib.new(text).digest_size > 0
     except ValueError:
@@ -47,7 +47,7 @@ def digest(text: str) -> str:
 
 
 def address(text: str) -> tuple[str, int]:
-    """Where to listen: a port, or ADDRESS:PORT; an IPv6 address stands in brackets."""
+    """An address to listen on: PORT, or ADDRESS:PORT; an IPv6 address stands in brackets."""
     match = re.fullmatch(r"(?:(?:\[([^]]+)\]|([^:]+)):)?(\d+)", text)
     if match is None or not 0 < int(match[3]) < 1 << 16:
         raise argparse.ArgumentTypeError(f"{text} is no address; write 9283, 0.0.0.0:9283, [::1]:9283")

@@ -15,7 +15,7 @@ from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.ceph.image.diff import ImageDiff
 from rbdfs.commands.allocation_bar import AllocationBar, legend
 from rbdfs.commands.formatting import format_bytes
-from rbdfs.commands.image_command import FAILED, ImageCommand, tell
+from rbdfs.commands.image_command import FAILED, ImageCommand, print_stderr
 from rbdfs.commands.resolve import resolve
 from rbdfs.errors import RbdfsError, TargetError, UsageError
 from rbdfs.image.striper import Layout, extent_to_file, file_to_extents
@@ -41,7 +41,7 @@ class DiffOptions:
 
 
 def diff(options: DiffOptions) -> int:
-    """Print what has changed. Returns the exit status; each failure is told in one line by then. Raises UsageError."""
+    """Print what has changed. Returns the exit status; each failure is a line on stderr. Raises UsageError."""
     command = _Diff(options)
     if options.from_snapshot == "":
         raise UsageError("--from-snap takes the name of a snapshot")
@@ -62,7 +62,7 @@ class _Diff(ImageCommand):
         found = await self.cluster.diff(since, source)
         for start, end in found.unlisted:
             if start < end:
-                tell(
+                print_stderr(
                     f"warning: another parent, or less of it, shows through than at {self._options.from_snapshot}: "
                     f"bytes {start} to {end} may have changed without being listed (rbd diff does not list them either)"
                 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from rbdfs.catalog import ImageRef
 from rbdfs.ceph.bindings.malloc import use_one_heap
 from rbdfs.ceph.connection.connect import ClusterOptions
-from rbdfs.commands.image_command import ImageCommand, tell
+from rbdfs.commands.image_command import ImageCommand, print_stderr
 from rbdfs.commands.progress import load_bar, summary, with_progress
 from rbdfs.commands.update import Plan, copied_of, plan_update
 from rbdfs.errors import LabelError, RbdfsError, TargetError, UsageError
@@ -60,7 +60,7 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> int:
-    """Copy the image. Returns the exit status; each failure of the copy is told in one line by then.
+    """Copy the image. Returns the exit status; each failure of the copy is a line on stderr.
 
     Raises UsageError; RbdfsError if nothing was begun.
     """
@@ -121,12 +121,12 @@ class _Export(ImageCommand):
         self._output = None
         if self._plan is not None and self._digest is not None and options.path is not None:
             await run_in_thread(_digest_file, self._digest, options.path, source.size, abandon_on_cancel=True)
-        self._tell_success()
+        self._print_success()
 
     async def _begin_update(self, target: UpdatedFile, new: Copied) -> Plan:
         plan = await plan_update(self.cluster, self.source, new, target, self.closing, full=self._options.full)
         if plan.notice:
-            tell(plan.notice)
+            print_stderr(plan.notice)
         if plan.towards:
             begin = partial(target.begin, plan.of, plan.towards, compare=plan.changes is None)
             await run_in_thread(begin)
@@ -163,7 +163,7 @@ class _Export(ImageCommand):
 
         await with_progress(copy_and_finish, copy, str(self.spec), shown=self._options.progress)
 
-    def _tell_success(self) -> None:
+    def _print_success(self) -> None:
         path, copy = self._options.path, self._copy
         if self._digest is not None:
             # The format of sha256sum. If the image or the figures go to standard output, it goes to stderr.
@@ -173,9 +173,9 @@ class _Export(ImageCommand):
             print(json.dumps(self._figures()), flush=True)
         elif self._options.progress and not sys.stderr.isatty():
             if copy is None:
-                tell(f"{path} is a copy of {self.spec} already")
+                print_stderr(f"{path} is a copy of {self.spec} already")
             else:
-                tell(summary(copy, str(self.spec), self.seconds))
+                print_stderr(summary(copy, str(self.spec), self.seconds))
 
     def _figures(self) -> dict[str, object]:
         copy, plan = self._copy, self._plan
@@ -198,7 +198,7 @@ class _Export(ImageCommand):
             why += f"; the copy of {self.spec} ended at offset {self._copy.done_below}"
         if self._output is not None and (rest := self._output.abandon()):
             why += f"; {rest}"
-        tell(why)
+        print_stderr(why)
 
 
 def _digest_file(digest: "hashlib._Hash", path: Path, size: int) -> None:

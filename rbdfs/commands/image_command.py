@@ -22,7 +22,7 @@ FAILED = 1
 WRONG_USAGE = 2
 
 
-def tell(sentence: str) -> None:
+def print_stderr(sentence: str) -> None:
     """Print a line on stderr, beside what the command prints."""
     print(f"rbdfs: {sentence}", file=sys.stderr, flush=True)
 
@@ -47,7 +47,7 @@ class ImageCommand(ABC):
         self._began = 0.0
 
     def run(self) -> int:
-        """The exit status. Each failure is told in one line by then."""
+        """The exit status. Each failure is a line on stderr."""
         trio.run(until_signalled, self._work, self._end)
         for line in self.lines:
             print(line)
@@ -59,7 +59,7 @@ class ImageCommand(ABC):
 
     def failed(self, why: str) -> None:
         """Say in one line why the work ended early."""
-        tell(why)
+        print_stderr(why)
 
     def status_of(self, error: RbdfsError) -> int:
         """The exit status after this error."""
@@ -84,7 +84,7 @@ class ImageCommand(ABC):
         writers = await self.cluster.writers(image) if image.snapshot_id is None else ()
         if writers:
             snapshot = f"{self.spec}@NAME"
-            tell(
+            print_stderr(
                 f"warning: {self.spec} may be written to, by {', '.join(writers)}, so its bytes may be of different "
                 f"moments; 'rbd snap create {snapshot}' and {command} {snapshot}"
             )

@@ -1,4 +1,4 @@
-"""Where a mount logs to: a file, the journal, syslog or stderr, each with its levels."""
+"""Where a mount logs to: a file, the journal, syslog or stderr, each with its own format and levels."""
 
 import logging
 import logging.handlers
@@ -14,9 +14,9 @@ from rbdfs.spec import ImageSpec
 IDENTIFIER = "rbdfs"
 WITH_TIME = "%(asctime)s rbdfs[%(process)d] %(levelname)s %(name)s: %(message)s"
 TAGGED = "rbdfs[%(process)d]: %(message)s"
-"""As syslog(3) sends it, so that who receives it finds program and process."""
+"""The format of syslog(3), so that the receiver finds program and process."""
 MESSAGE_ALONE = "%(message)s"
-"""The journal knows the rest."""
+"""For the journal, which records the rest itself."""
 
 STDERR = 2
 SYSLOG = Path("/dev/log")
@@ -27,13 +27,13 @@ DEBUG, INFO, NOTICE_, WARNING, ERROR, CRITICAL = 7, 6, 5, 4, 3, 2
 
 
 def log_to(log_file: Path | None, level: int, *, foreground: bool) -> None:
-    """Log to a file if one is given, else to where a process in the foreground, or in the background, logs to."""
+    """Set up logging: to a file if one is given, else as fits a process in the foreground or in the background."""
     logging.addLevelName(NOTICE, "NOTICE")
     logging.basicConfig(level=level, handlers=[_handler(log_file, foreground=foreground)])
 
 
 def stderr_is_journal() -> bool:
-    """Whether what is written to stderr comes to the journal, line by line (systemd.exec(5), JOURNAL_STREAM)."""
+    """Whether stderr is connected to the journal, which takes it line by line (systemd.exec(5), JOURNAL_STREAM)."""
     stream = os.environ.get("JOURNAL_STREAM")
     if stream is None:
         return False
@@ -58,7 +58,7 @@ def _journal() -> logging.Handler | None:
     except ImportError:
         return None
 
-    def send(message: str, /, **fields: Any) -> None:  # a record has a field `message`, too
+    def send(message: str, /, **fields: Any) -> None:  # a record has a field `message` as well
         journal.send(message, **journal_fields(fields))
 
     handler: logging.Handler = journal.JournalHandler(sender_function=send, SYSLOG_IDENTIFIER=IDENTIFIER)
@@ -66,7 +66,7 @@ def _journal() -> logging.Handler | None:
 
 
 def journal_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """What the journal should have beside the message, of what JournalHandler sends: its own fields, and the record's.
+    """The fields for the journal beside the message, out of those that JournalHandler sends.
 
     A record has its image as `extra={"image": ...}`, or as an argument of its message.
     """
@@ -79,7 +79,7 @@ def journal_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def priority(level: int) -> int:
-    """A level of Python's as a priority of syslog's."""
+    """The priority of syslog for a level of Python's logging."""
     bounds = {
         logging.CRITICAL: CRITICAL,
         logging.ERROR: ERROR,
@@ -91,7 +91,7 @@ def priority(level: int) -> int:
 
 
 def _syslog() -> logging.Handler:
-    """The system's log, if there is one."""
+    """The system's log, or nothing if there is none."""
     if not SYSLOG.exists():
         return logging.NullHandler()
     handler = _Syslog(os.fspath(SYSLOG), _Syslog.LOG_DAEMON)
@@ -99,7 +99,7 @@ def _syslog() -> logging.Handler:
 
 
 def in_utf8(text: str) -> str:
-    """Names in Ceph need not be UTF-8; what is not is written as `\\udcff`."""
+    """Text without the bytes of names in Ceph that are not UTF-8: they become `\\udcff`."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -109,7 +109,7 @@ class _Formatter(logging.Formatter):
 
 
 class _LevelledLines(_Formatter):
-    """Each line with its priority, as sd-daemon(3) has it."""
+    """Puts the priority before each line, as sd-daemon(3) has it."""
 
     def format(self, record: logging.LogRecord) -> str:
         before = f"<{priority(record.levelno)}>"
@@ -128,10 +128,10 @@ class _Syslog(logging.handlers.SysLogHandler):
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):
-    """A file that may be renamed or removed: the next line then goes to a new one of its name."""
+    """A file that may be renamed or removed: the next line then goes to a new file of its name."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
-        except OSError:  # the folder is gone, the new file cannot be made: no reason for the mount to end
+        except OSError:  # the folder is gone or the file cannot be made: the mount goes on
             self.handleError(record)

@@ -63,7 +63,7 @@ class Mapped:
 
 
 def map_image(options: MapOptions) -> int:
-    """Print it. Returns the exit status; each failure is told in one line by then. Raises UsageError."""
+    """Print it. Returns the exit status; each failure is a line on stderr. Raises UsageError."""
     return _Map(options).run()
 
 

@@ -1,4 +1,4 @@
-"""A mount's figures for Prometheus, by its own client library."""
+"""The metrics of a mount, for Prometheus, by its own client library."""
 
 import errno
 from collections.abc import Iterable, Iterator
@@ -20,9 +20,9 @@ BOUNDS = (*map(str, BUCKET_SECONDS), "+Inf")
 
 
 def serve_metrics(address: str, port: int) -> CollectorRegistry:
-    """Answer Prometheus, in threads of its library, until the process ends; what is answered is in the registry.
+    """Answer Prometheus until the process ends, in threads of its library. Returns the registry to put collectors in.
 
-    Blocks, since the library looks up the address's name. Raises MountError.
+    Blocks, because the library resolves the address. Raises MountError.
     """
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
@@ -36,15 +36,15 @@ def serve_metrics(address: str, port: int) -> CollectorRegistry:
 
 
 class MountCollector(Collector):
-    """What the threads of the library ask; the trio thread answers."""
+    """Answers the threads of the library with figures that the trio thread collects."""
 
     def __init__(self, mount: RunningMount) -> None:
-        """To be made in the trio thread."""
+        """Call in the trio thread."""
         self._mount = mount
         self._token = trio.lowlevel.current_trio_token()
 
     def collect(self) -> Iterable[Metric]:
-        """For any other thread."""
+        """Call in any other thread."""
         try:
             return trio.from_thread.run_sync(lambda: list(metrics(self._mount)), trio_token=self._token)
         except trio.RunFinishedError:
@@ -52,7 +52,7 @@ class MountCollector(Collector):
 
 
 def metrics(mount: RunningMount) -> Iterator[Metric]:
-    """All of them, as of now."""
+    """All metrics, as of now."""
     requests, cache, health = mount.requests, mount.cache, mount.health
 
     info = GaugeMetricFamily(
@@ -64,57 +64,55 @@ def metrics(mount: RunningMount) -> Iterator[Metric]:
     yield GaugeMetricFamily("rbdfs_open_files", "Files that are open", len(mount.operations.files))
 
     latency = HistogramMetricFamily(
-        "rbdfs_request_duration_seconds", "How long the kernel has waited for answers", labels=["operation"]
+        "rbdfs_request_duration_seconds", "Time from the kernel's request to our answer", labels=["operation"]
     )
     for operation, each in _by_operation(requests.latency.items()).items():
         latency.add_metric([operation], list(zip(BOUNDS, accumulate(each.buckets), strict=True)), each.seconds)
     yield latency
     errors = CounterMetricFamily(
         "rbdfs_request_errors",
-        "Answers that were errors; ENOENT and ENODATA are everyday",
+        "Answers that were errors; ENOENT and ENODATA are normal",
         labels=["operation", "errno"],
     )
     for (opcode, number), count in requests.errors.items():
         errors.add_metric([OPERATIONS.get(opcode, "other"), errno.errorcode.get(number, str(number))], count)
     yield errors
     yield GaugeMetricFamily(
-        "rbdfs_requests_waiting", "Requests of the kernel without an answer yet", len(requests.waiting)
+        "rbdfs_requests_waiting", "Requests of the kernel that are not answered yet", len(requests.waiting)
     )
-    yield GaugeMetricFamily(
-        "rbdfs_request_oldest_seconds", "For how long the oldest of them waits", mount.oldest_seconds
-    )
-    yield CounterMetricFamily("rbdfs_read_bytes", "Bytes that reads were answered with", requests.read_bytes)
+    yield GaugeMetricFamily("rbdfs_request_oldest_seconds", "Waiting time of the oldest of them", mount.oldest_seconds)
+    yield CounterMetricFamily("rbdfs_read_bytes", "Bytes in answers to reads", requests.read_bytes)
 
     counts = cache.counts
-    yield CounterMetricFamily("rbdfs_cache_hits", "Reads that the cache answered, or a fetch under way", counts.hits)
-    yield CounterMetricFamily("rbdfs_cache_misses", "Reads that had to ask the cluster", counts.misses)
+    yield CounterMetricFamily("rbdfs_cache_hits", "Reads answered by the cache, or by a fetch in flight", counts.hits)
+    yield CounterMetricFamily("rbdfs_cache_misses", "Reads that needed a new fetch from the cluster", counts.misses)
     yield CounterMetricFamily("rbdfs_cache_evictions", "Fetches dropped to make room", counts.evictions)
     yield GaugeMetricFamily("rbdfs_cache_bytes", "Memory for image data, cached or in flight", cache.cached_bytes)
-    yield GaugeMetricFamily("rbdfs_cache_budget_bytes", "The most that it may be: --cache-size", cache.budget_bytes)
-    yield CounterMetricFamily("rbdfs_readahead_bytes", "Bytes asked for ahead of readers", counts.ahead_bytes)
+    yield GaugeMetricFamily(
+        "rbdfs_cache_budget_bytes", "The limit of rbdfs_cache_bytes: --cache-size", cache.budget_bytes
+    )
+    yield CounterMetricFamily("rbdfs_readahead_bytes", "Bytes fetched ahead of readers", counts.ahead_bytes)
     yield CounterMetricFamily(
-        "rbdfs_readahead_used_bytes", "Of these, what a reader came to, by whole fetches", counts.ahead_used_bytes
+        "rbdfs_readahead_used_bytes", "Of these, bytes that a reader reached, in whole fetches", counts.ahead_used_bytes
     )
     yield CounterMetricFamily(
-        "rbdfs_readahead_wasted_bytes", "Of these, what was dropped before a reader came", counts.ahead_wasted_bytes
+        "rbdfs_readahead_wasted_bytes",
+        "Of these, bytes dropped before a reader reached them",
+        counts.ahead_wasted_bytes,
     )
 
     yield GaugeMetricFamily(
-        "rbdfs_cluster_reads_in_flight", "Reads that the cluster has yet to answer", cache.reads_in_flight
+        "rbdfs_cluster_reads_in_flight", "Reads that the cluster has not answered yet", cache.reads_in_flight
     )
-    yield GaugeMetricFamily("rbdfs_cluster_reads_in_flight_bytes", "What they ask for", cache.in_flight.bytes)
-    yield GaugeMetricFamily("rbdfs_cluster_reads_queued", "Reads that wait for others to end first", cache.reads_queued)
-    yield CounterMetricFamily(
-        "rbdfs_revalidations", "Questions whether an open image is still what it was", health.revalidations
-    )
+    yield GaugeMetricFamily("rbdfs_cluster_reads_in_flight_bytes", "Bytes of these reads", cache.in_flight.bytes)
+    yield GaugeMetricFamily("rbdfs_cluster_reads_queued", "Reads that wait until others have ended", cache.reads_queued)
+    yield CounterMetricFamily("rbdfs_revalidations", "Checks whether an open image has changed", health.revalidations)
     yield GaugeMetricFamily("rbdfs_cluster_connected", "0 if the cluster has blocklisted us", int(health.is_connected))
-    yield GaugeMetricFamily(
-        "rbdfs_cluster_osds_answer", "0 if no OSD answers what it was asked last", int(mount.osds_answer)
-    )
+    yield GaugeMetricFamily("rbdfs_cluster_osds_answer", "0 if no OSD answers", int(mount.osds_answer))
 
 
 def _by_operation(latencies: Iterable[tuple[int, Latency]]) -> dict[str, Latency]:
-    """One for each name: some kinds of requests are the same operation."""
+    """One latency per operation name: several opcodes can have the same name."""
     named: dict[str, Latency] = {}
     for opcode, latency in latencies:
         total = named.setdefault(OPERATIONS.get(opcode, "other"), Latency())

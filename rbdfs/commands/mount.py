@@ -42,24 +42,24 @@ log = logging.getLogger(__name__)
 
 MAX_OPS = 256
 MAX_BYTES = 56 * MIB
-"""What the mount may have in flight towards one pool: operations, and bytes (`rbd export`: 10 objects of 4 MiB)."""
+"""Reads, and their bytes, that the mount may have in flight to one pool (`rbd export`: 10 objects of 4 MiB)."""
 
 GRACE_SECONDS = 1.0
-"""How much longer than an OSD a request may take: what OSDs are asked for one after the other, what waits in a queue,
-and what waits for a monitor, is ended then. An OSD's own silence is told by then, in librados's words."""
+"""How much longer than an OSD's timeout a request may take. By then librados has reported an OSD that does not answer;
+the request ends even if it asks several OSDs one after the other, or waits in a queue or for a monitor."""
 
 READY = "ready"
-"""What the background process says when the mount is usable; anything else is what is wrong."""
+"""The background process writes this when the mount is usable; anything else is an error message."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """What `rbdfs mount` was asked for."""
+    """The options of `rbdfs mount`."""
 
     mountpoint: Path
     cluster: ClusterOptions
     pools: tuple[str, ...]
-    """Only these; all if there are none."""
+    """The pools to show; all if empty."""
     attributes: FileAttributes
     fuse_options: FuseOptions
     cache_bytes: int
@@ -67,24 +67,24 @@ class MountOptions:
     log_level: int
     log_file: Path | None
     metrics: tuple[str, int] | None = None
-    """Address and port to serve them at."""
+    """The address and port to serve metrics at."""
 
 
 def mount(options: MountOptions) -> int:
-    """Mount and serve: in this process if `foreground`, else in one of its own, once it is usable. The exit status.
+    """Mount and serve: in this process if `foreground`, else in a background process; then return once it is usable.
 
-    Raises RbdfsError if the file system could not be mounted; then nothing stays behind.
+    Returns the exit status. Raises RbdfsError if the mount fails; then it leaves nothing behind.
     """
     check_mountpoint(options.mountpoint)
     if options.metrics is not None:
-        import rbdfs.commands.metrics  # noqa: F401, PLC0415  (takes 40 ms; now, to tell if a module is missing)
+        import rbdfs.commands.metrics  # noqa: F401, PLC0415  (takes 40 ms; now, so that a missing module is an error)
     use_one_heap()
     _allow_many_files()
     if options.foreground:
         log_to(options.log_file, options.log_level, foreground=True)
         manager = ServiceManager.from_environment(os.environ, os.getpid())
         if manager.watchdog_seconds:
-            faulthandler.enable()  # so that the watchdog's SIGABRT leaves in the journal where every thread was
+            faulthandler.enable()  # at the watchdog's SIGABRT it prints the stack of every thread
         trio.run(_serve, options, lambda: None, manager)
         return 0
     return _in_background(options)
@@ -105,13 +105,13 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
 
     with ExitStack() as ending:
 
-        async def serve_and_tell(session: Session, live: RunningMount) -> None:
+        async def serve_and_report(session: Session, running: RunningMount) -> None:
             async with trio.open_nursery() as nursery:
 
                 def usable() -> None:
                     listener = listen_for_status(session.mount.device_number())
                     if listener is not None:
-                        nursery.start_soon(serve_status, live, listener)
+                        nursery.start_soon(serve_status, running, listener)
                     ready()
                     manager.notify("READY=1", f"STATUS={status()}")
                     nursery.start_soon(keep_informed, manager, status, partial(probe, session.mount))
@@ -126,7 +126,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
 
         try:
             with mounted(operations, options.mountpoint, options.fuse_options) as session:
-                live = RunningMount(
+                running = RunningMount(
                     session.mount.mountpoint,
                     cluster.fsid,
                     options.cluster.name,
@@ -136,31 +136,31 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
                     cache,
                     cluster.health,
                 )
-                register(live)
-                await _until_stopped(partial(serve_and_tell, session, live))
+                register(running)
+                await _until_stopped(partial(serve_and_report, session, running))
         finally:
             await images.aclose()
             await cluster.aclose()
 
 
 def _allow_many_files() -> None:
-    """As many descriptors as we may have: each open image takes one, and by default 1,024 are allowed."""
+    """Raise the limit of open files to its maximum: each open image takes a descriptor, and the default is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve_metrics(address: tuple[str, int] | None) -> Callable[[RunningMount], None]:
-    """Before anything else, since it can fail. Takes the mount that figures are to be told of, once there is one."""
+    """Serve metrics if asked to, before anything else, because it can fail. Returns what to call with the mount."""
     if address is None:
         return lambda _: None
-    from rbdfs.commands.metrics import MountCollector, serve_metrics  # noqa: PLC0415  (loaded if it is needed)
+    from rbdfs.commands.metrics import MountCollector, serve_metrics  # noqa: PLC0415  (loaded only if needed)
 
     registry = await run_in_thread(serve_metrics, *address, abandon_on_cancel=True)
-    return lambda live: registry.register(MountCollector(live))
+    return lambda running: registry.register(MountCollector(running))
 
 
 def _status(options: MountOptions, operations: Operations) -> str:
-    """What is mounted, how many files are open, and what is wrong."""
+    """A line that says what is mounted, how many files are open, and what is wrong."""
     pools = ", ".join(options.pools) or "all pools"
     count = len(operations.files)
     trouble = operations.troubles.summary()
@@ -184,9 +184,9 @@ async def _until_stopped(serving: Callable[[], Awaitable[None]]) -> None:
 
 
 def _in_background(options: MountOptions) -> int:
-    """Serve in a process of its own; return when it says that the mount is usable, or raise what it says is wrong."""
+    """Serve in a background process. Returns when the mount is usable; raises MountError with the error it reports."""
     report, say = os.pipe()
-    # Nothing has started a thread yet: librados would not live on after a fork.
+    # No thread has been started yet: librados would not survive a fork.
     child = os.fork()
     if child == 0:
         os.close(report)

@@ -1,4 +1,4 @@
-"""A mount that is served, as those see it who tell operators of it. All of it may be read in the trio thread only."""
+"""A running mount, as its status and its metrics see it. To be read in the trio thread only."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,15 @@ from rbdfs.image.cache import ObjectCache
 
 @dataclass(frozen=True, slots=True)
 class RunningMount:
-    """What it is, and where it counts what it does."""
+    """What is mounted, and the parts that count what it does."""
 
     mountpoint: Path
     fsid: str
-    """The cluster's."""
+    """The id of the cluster."""
     client: str
-    """Who we are there."""
+    """The name of our user there."""
     started: float
-    """When, in seconds since the epoch."""
+    """When it was mounted, in seconds since the epoch."""
     operations: Operations
     requests: Requests
     cache: ObjectCache
@@ -28,10 +28,10 @@ class RunningMount:
 
     @property
     def oldest_seconds(self) -> float:
-        """For how long the oldest request of the kernel has waited; 0 if none waits."""
+        """How long the oldest request of the kernel has waited; 0 if none waits."""
         return max((monotonic() - oldest.began for oldest in self.requests.oldest(1)), default=0.0)
 
     @property
     def osds_answer(self) -> bool:
-        """Whether OSDs answer, as far as they were asked."""
+        """Whether OSDs answer, as far as their last answer and the oldest request tell."""
         return self.health.osds_answer(self.oldest_seconds, monotonic())

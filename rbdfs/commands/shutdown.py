@@ -1,4 +1,4 @@
-"""How a command ends that somebody wants to end: at a signal, and in time."""
+"""How a command stops: at a signal, and in time."""
 
 import logging
 import os
@@ -12,19 +12,18 @@ import trio
 log = logging.getLogger(__name__)
 
 SIGNALLED = 128
-"""And the signal's number is the exit status: the shell's convention."""
+"""Plus the signal's number, this is the exit status after a signal, as shells have it."""
 
 STOP_SECONDS = 4.0
-"""How long a stop waits for reads in flight and for images to close, before it ends the process all the same."""
+"""How long a stop waits for reads in flight and for images to close; then it ends the process."""
 
 
 async def until_signalled(
     work: Callable[[], Awaitable[None]], end: Callable[[signal.Signals | None], Awaitable[None]]
 ) -> None:
-    """Do the work, to its end or until SIGINT, SIGTERM or SIGHUP cancels it; then end it, which no signal cuts short.
+    """Do the work until it ends or SIGINT, SIGTERM or SIGHUP cancels it; then call `end`, which no signal cancels.
 
-    `end` is given the signal, None if the work came to its end. The work must raise nothing: it would come out of a
-    nursery, maybe wrapped.
+    `end` gets the signal, None if the work ended by itself. The work must raise nothing: a nursery might wrap it.
     """
     received: list[signal.Signals] = []
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
@@ -45,9 +44,9 @@ async def until_signalled(
 
 @contextmanager
 def exit_at_the_latest(status: int, last: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """What no OSD answers must not keep a process alive that has nothing more to do: all is said by now.
+    """Exit with `status` if the body takes longer than `STOP_SECONDS`, because no OSD answers.
 
-    `last` is called before it exits so, in another thread.
+    All must be printed by then. `last` is called before such an exit, in another thread.
     """
 
     def give_up() -> None:

@@ -1,4 +1,4 @@
-"""`rbdfs status`: the mounts of this host, and what each is about. No mount is asked by its files, and no cluster."""
+"""`rbdfs status`: the mounts of this host, and what each does. It touches no file of a mount, and no cluster."""
 
 import json
 import os
@@ -16,37 +16,37 @@ from rbdfs.fuse.mountinfo import MountInfo, mount_id, mountinfo
 from rbdfs.fuse.mounting import TYPE, printable
 
 ANSWER_SECONDS: Final = 2.0
-"""How long a mount may take to answer; it needs milliseconds."""
+"""How long a mount may take to answer; it takes milliseconds."""
 
 ANSWER_BYTES_MAX: Final = 16 << 20
-"""More is no mount's; it needs 300 bytes for each open file."""
+"""The longest answer that we accept; a mount needs 300 bytes for each open file."""
 
 ROWS: Final = 20
-"""Of what there may be thousands of."""
+"""Open files, and waiting requests, to print; there may be thousands."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatusOptions:
-    """What `rbdfs status` was asked for."""
+    """The options of `rbdfs status`."""
 
     mountpoint: Path | None
     as_json: bool
 
 
 class Found(NamedTuple):
-    """A mount, and what it says."""
+    """A mount and its answer."""
 
     mount: MountInfo
     pid: int | None
-    """Of its process, as this one sees it."""
+    """The process that serves it, as the kernel reports it to us."""
     report: Mapping[str, Any] | None
-    """Both are None if it does not answer."""
+    """This and `pid` are None if it does not answer."""
     reason: str
-    """Why it does not."""
+    """Why it does not answer."""
 
 
 def status(options: StatusOptions) -> int:
-    """Show them. The exit status: 1 if one does not answer. Raises MountError if what was named is no mount."""
+    """Print them. Returns 1 if one does not answer, else 0. Raises MountError if the path is no rbdfs mount."""
     found = [_ask(mount) for mount in _mounts(options.mountpoint)]
     if options.as_json:
         print(json.dumps([_as_json(each) for each in found], indent=2))
@@ -58,7 +58,7 @@ def status(options: StatusOptions) -> int:
 
 
 def _mounts(mountpoint: Path | None) -> list[MountInfo]:
-    """Each file system once, though it may be bound to several places."""
+    """The mounts to show: each file system once, even if it is bind-mounted elsewhere."""
     ours = [mount for mount in mountinfo() if mount.type == TYPE]
     if mountpoint is None:
         return list({mount.device_number: mount for mount in reversed(ours)}.values())[::-1]
@@ -68,7 +68,7 @@ def _mounts(mountpoint: Path | None) -> list[MountInfo]:
         raise MountError(f"cannot look at {printable(mountpoint)}: {error.strerror}", error.errno) from None
     named = [mount for mount in ours if mount.id == number]
     if not named:
-        raise MountError(f"{printable(mountpoint)} is no rbdfs mount; rbdfs status shows those that there are")
+        raise MountError(f"{printable(mountpoint)} is no rbdfs mount; rbdfs status shows all mounts of this host")
     return named
 
 
@@ -105,13 +105,13 @@ def _answer_of(mount: MountInfo) -> tuple[int, Mapping[str, Any]]:
     try:
         report = json.loads(answer)
         _text_of(report, pid)
-    except Exception:  # whatever it is that a process of another user, or of another version, has sent
+    except Exception:  # another user or another version may send anything
         raise MountError(f"process {pid} is not understood; it may run another version of rbdfs") from None
     return pid, report
 
 
 def _receive(connection: socket.socket) -> bytes:
-    """All of it. Raises TimeoutError if it does not come in time."""
+    """The whole answer. Raises TimeoutError if it takes too long."""
     deadline = time.monotonic() + ANSWER_SECONDS
     answer = bytearray()
     while part := connection.recv(1 << 16):
@@ -139,7 +139,7 @@ def _as_text(found: Found) -> Iterator[str]:
 
 
 def _text_of(report: Mapping[str, Any], pid: int | None) -> list[str]:
-    """Lines with a title each."""
+    """The lines about a mount, each with its title."""
     cache, flight = report["cache"], report["in_flight"]
     fill = f"{format_bytes(cache['bytes'])} of {format_bytes(cache['budget_bytes'])}"
     rows = [
@@ -163,7 +163,7 @@ def _state_of(report: Mapping[str, Any]) -> str:
 
 
 def _rows(title: str, count: int, shown: list[str]) -> list[tuple[str, str]]:
-    """A title, and below it one row for each."""
+    """Rows of which the first has the title; the last counts those that are not shown."""
     more = [f"and {count - len(shown):,} more: rbdfs status --json"] if count > len(shown) else []
     lines = [*shown, *more] or ["none"]
     return list(zip([title, *[""] * (len(lines) - 1)], lines, strict=True))

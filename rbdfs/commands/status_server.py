@@ -1,4 +1,4 @@
-"""What a mount tells `rbdfs status` of itself. The cluster is not asked for anything."""
+"""The answer of a mount to `rbdfs status`. It asks the cluster nothing."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ from rbdfs.fuse.protocol import LSEEK, OPERATIONS, READ
 log = logging.getLogger(__name__)
 
 SHOWN_MAX: Final = 1000
-"""Of what there may be any number of, the oldest: open files, and requests that wait."""
+"""Open files, and waiting requests, that an answer lists at most: the oldest."""
 
 SEND_SECONDS: Final = 2.0
-"""How long one who asked may take to read the answer."""
+"""How long a client may take to read the answer."""
 
 
 def listen_for_status(device_number: tuple[int, int] | None) -> socket.socket | None:
-    """From now on `rbdfs status` finds the mount; None if it cannot: the mount works without."""
+    """Make the mount visible to `rbdfs status`. None if that fails; the mount works without it."""
     if device_number is None:
         return None  # unmounted already
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -38,37 +38,37 @@ def listen_for_status(device_number: tuple[int, int] | None) -> socket.socket | 
     return listener
 
 
-async def serve_status(live: RunningMount, listener: socket.socket) -> None:
-    """Answer root and who has mounted it, until cancelled."""
+async def serve_status(mount: RunningMount, listener: socket.socket) -> None:
+    """Answer root and the user who mounted it, until cancelled."""
 
     async def answer(stream: trio.SocketStream) -> None:
         try:
             _, uid = peer_of(stream.socket)
             if uid in (0, os.geteuid()):
                 with trio.move_on_after(SEND_SECONDS):
-                    await stream.send_all(json.dumps(report(live)).encode())
+                    await stream.send_all(json.dumps(report(mount)).encode())
         except (OSError, trio.BrokenResourceError):
-            log.debug("who asked for the status is gone")
+            log.debug("the client of rbdfs status is gone")
         except Exception:
-            log.exception("the status could not be told")
+            log.exception("cannot answer rbdfs status")
         finally:
             await trio.aclose_forcefully(stream)
 
     await trio.serve_listeners(answer, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
 
 
-def report(live: RunningMount) -> dict[str, object]:
-    """All that is told. Sizes in bytes, durations in seconds, times in seconds since the epoch."""
-    now, cache, waiting = monotonic(), live.cache, live.requests.waiting
-    opened = list(live.operations.opened.values())
+def report(mount: RunningMount) -> dict[str, object]:
+    """The answer. Sizes in bytes, durations in seconds, times in seconds since the epoch."""
+    now, cache, waiting = monotonic(), mount.cache, mount.requests.waiting
+    opened = list(mount.operations.opened.values())
     return {
         "version": __version__,
-        "fsid": live.fsid,
-        "client": live.client,
-        "started": live.started,
-        "connected": live.health.is_connected,
-        "osds_answer": live.osds_answer,
-        "trouble": live.operations.troubles.summary(),
+        "fsid": mount.fsid,
+        "client": mount.client,
+        "started": mount.started,
+        "connected": mount.health.is_connected,
+        "osds_answer": mount.osds_answer,
+        "trouble": mount.operations.troubles.summary(),
         "cache": {
             "bytes": cache.cached_bytes,
             "budget_bytes": cache.budget_bytes,
@@ -90,11 +90,11 @@ def report(live: RunningMount) -> dict[str, object]:
         "waiting": [
             {
                 "operation": OPERATIONS.get(each.opcode, f"opcode {each.opcode}"),
-                "image": None if (image := live.operations.image_of(each.inode)) is None else str(image),
+                "image": None if (image := mount.operations.image_of(each.inode)) is None else str(image),
                 "offset": each.offset if each.opcode in (READ, LSEEK) else None,
                 "seconds": now - each.began,
             }
-            for each in live.requests.oldest(SHOWN_MAX)
+            for each in mount.requests.oldest(SHOWN_MAX)
         ],
-        "errors": [each._asdict() for each in live.operations.troubles.last],
+        "errors": [each._asdict() for each in mount.operations.troubles.last],
     }

@@ -1,8 +1,7 @@
-"""Where a mount tells `rbdfs status` how it is: a socket of its own, with one JSON object for whoever connects and may.
+"""The socket on which a mount answers `rbdfs status`, with one JSON object for each connection that it allows.
 
-The socket has an abstract name, made of the mount's device number: no file of it stays behind, and who has found the
-mount in /proc/self/mountinfo knows it. Such a name belongs to whoever takes it first, so both ends ask the kernel who
-the other is (SO_PEERCRED).
+The socket has an abstract name made of the mount's device number, which is in /proc/self/mountinfo, and leaves no file
+behind. Any process can take such a name, so both ends ask the kernel for the other's process and user (SO_PEERCRED).
 """
 
 import socket
@@ -14,7 +13,7 @@ _CREDENTIALS: Final = struct.Struct("=iII")
 
 
 def name_of(device_number: tuple[int, int]) -> str:
-    """The socket's."""
+    """The address of a mount's socket."""
     major, minor = device_number
     return f"\0rbdfs/{major}:{minor}"
 
@@ -23,11 +22,11 @@ class Connection(Protocol):
     """A socket, Python's or trio's."""
 
     def getsockopt(self, level: int, option: int, length: int, /) -> bytes:
-        """As `socket.socket.getsockopt`."""
+        """The same as `socket.socket.getsockopt`."""
 
 
 def peer_of(connection: Connection) -> tuple[int, int]:
-    """The process and the user at the other end: who has connected, or listens."""
+    """The process and the user at the other end: of the client, or of the listener."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(credentials)
     return pid, uid

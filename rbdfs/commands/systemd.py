@@ -1,7 +1,7 @@
-"""What a mount tells the service manager, as sd_notify(3) and sd_watchdog_enabled(3) have it.
+"""Notifications to the service manager: sd_notify(3) and sd_watchdog_enabled(3).
 
-It is one datagram, sent by a few lines of our own: python3-systemd may be missing, and a unit of Type=notify whose
-service does not speak is ended.
+Each is one datagram. We send it ourselves, because python3-systemd may be missing, and systemd stops a unit of
+Type=notify that sends none.
 """
 
 import logging
@@ -18,27 +18,27 @@ from rbdfs.threads import run_in_thread
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 5.0
-"""How often is looked whether the status has changed."""
+"""How often we check whether the status has changed."""
 
 ASKED_IN_TIME = 3
-"""How often the mount is asked within the watchdog's time: one late answer costs nothing."""
+"""How often the mount is asked within the watchdog's time, so that one late answer does no harm."""
 
 SEND_SECONDS = 1.0
-"""How long a manager that takes no message is waited for; then the message is lost."""
+"""How long to wait for a manager that takes no message; then the message is lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceManager:
-    """systemd, or whoever else has set NOTIFY_SOCKET; nobody, by default."""
+    """systemd, or another program that has set NOTIFY_SOCKET; none by default."""
 
     address: str = ""
     """A path, or `@` and an abstract name."""
     watchdog_seconds: float = 0.0
-    """Within which it wants to hear that the mount works; 0 if it does not."""
+    """The longest time between two pings of the watchdog; 0 without a watchdog."""
 
     @classmethod
     def from_environment(cls, environment: MutableMapping[str, str], pid: int) -> "ServiceManager":
-        """Who waits to hear from the process `pid`. The variables are taken out: they are not for our own children."""
+        """The manager that started the process `pid`. Removes the variables: they are not for our children."""
         address = environment.pop("NOTIFY_SOCKET", "")
         microseconds = environment.pop("WATCHDOG_USEC", "")
         watched = environment.pop("WATCHDOG_PID", str(pid))
@@ -60,13 +60,13 @@ class ServiceManager:
                     message.encode(errors="backslashreplace"), b"\0" + address[1:] if address[:1] == b"@" else address
                 )
         except OSError as error:
-            log.warning("the service manager could not be told %s: %s", assignments[0], error)
+            log.warning("cannot notify the service manager of %s: %s", assignments[0], error)
 
 
 async def keep_informed(manager: ServiceManager, status: Callable[[], str], ask: Callable[[], None]) -> None:
-    """Tell the status as it changes, and the watchdog that the mount works, until cancelled.
+    """Send each new status, and ping the watchdog while the mount works, until cancelled.
 
-    `ask` asks the mount itself. It blocks, is called in a worker thread, and raises MountError.
+    `ask` makes a request to the mount. It blocks, is called in a worker thread, and raises MountError.
     """
     if not manager.address:
         return
@@ -86,12 +86,12 @@ async def _tell_status(manager: ServiceManager, status: Callable[[], str]) -> No
 
 
 async def _tell_watchdog(manager: ServiceManager, ask: Callable[[], None]) -> None:
-    # A thread of its own, since all others may be waiting for a dead cluster.
+    # Its own limiter gives it a thread even if all others wait for a dead cluster.
     limiter = trio.CapacityLimiter(1)
     while True:
         try:
             await run_in_thread(ask, abandon_on_cancel=True, limiter=limiter)
             manager.notify("WATCHDOG=1")
         except MountError as error:
-            log.warning("the watchdog hears nothing: %s", error)
+            log.warning("no ping to the watchdog: %s", error)
         await trio.sleep(manager.watchdog_seconds / ASKED_IN_TIME)

@@ -73,10 +73,10 @@ async def plan_update(
     except LabelError as error:
         raise LabelError(f"{error}; {HINT}") from error
     if label is None:
-        what = "a block device" if target.is_device else "it has no label"
-        raise LabelError(f"nothing tells what {target.path} is a copy of: {what}; {HINT}")
+        what = "a block device has no label" if target.is_device else "it has no label"
+        raise LabelError(f"{target.path} is not known to be a copy: {what}; {HINT}")
     if label.of is None:
-        raise LabelError(f"an export --full to {target.path} did not end, so nothing tells what it holds; {HINT}")
+        raise LabelError(f"an export --full to {target.path} did not finish, so its contents are not known; {HINT}")
     if label.whole is not None and label.whole.origin == new.origin:
         return Plan(label.of)
     for copied in (label.of, *label.towards):

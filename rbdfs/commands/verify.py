@@ -8,7 +8,7 @@ from rbdfs.catalog import ImageRef
 from rbdfs.ceph.bindings.malloc import use_one_heap
 from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.commands.formatting import format_bytes, json_lines
-from rbdfs.commands.image_command import ImageCommand, tell
+from rbdfs.commands.image_command import ImageCommand, print_stderr
 from rbdfs.commands.progress import load_bar, with_progress
 from rbdfs.errors import LabelError
 from rbdfs.export.compared_file import ComparedFile
@@ -39,7 +39,7 @@ class VerifyOptions:
 
 
 def verify(options: VerifyOptions) -> int:
-    """Compare. Returns the exit status; each failure is told in one line by then. Raises UsageError."""
+    """Compare. Returns the exit status; each failure is a line on stderr. Raises UsageError."""
     command = _Verify(options)
     if options.progress:
         load_bar()
@@ -74,18 +74,18 @@ class _Verify(ImageCommand):
         try:
             label = await run_in_thread(target.read_label)
         except LabelError as error:
-            tell(f"{error}: the label is not trusted, and all of the file is compared")
+            print_stderr(f"{error}: the label is not trusted, and all of the file is compared")
             return
         self._is_mixture = label is not None and bool(label.towards)
         if label is not None and (notice := _notice_of(label, target.path, self.cluster.fsid, image)):
-            tell(notice)
+            print_stderr(notice)
 
     def failed(self, why: str) -> None:
         if self._copy is not None:
             found = self._target.found.total_bytes
             so_far = f"{found} bytes differ so far" if found else "nothing differs so far"
             why += f"; {self._options.path} was compared to offset {self._copy.done_below}, and {so_far}"
-        tell(why)
+        print_stderr(why)
 
     def _as_text(self) -> Iterator[str]:
         source, target, path, found = self.source, self._target, self._options.path, self._target.found
@@ -129,10 +129,10 @@ def _notice_of(label: Label, path: Path, fsid: str, image: ImageRef) -> str:
     """A sentence about the label; nothing if it names the snapshot that is compared."""
     if label.towards:
         towards = label.towards[-1]
-        again = f"'rbdfs export --update {towards.image}@{towards.snapshot} {path}' goes on with it"
+        how = f"'rbdfs export --update {towards.image}@{towards.snapshot} {path}' continues it"
         if label.of is None:
-            return f"{path} is not whole: an export --full of {towards} to it did not end; {again} (with --full)"
-        return f"{path} is not whole, but between {label.of} and {towards}; {again}"
+            return f"{path} is not whole: an export --full of {towards} to it did not finish; {how} (with --full)"
+        return f"{path} is not whole, but between {label.of} and {towards}; {how}"
     if label.of is None or _is_of(label.of, fsid, image):
         return ""
     return f"{path} says that it is a copy of {label.of}, which is another image or snapshot"

@@ -73,7 +73,7 @@ class NewFile(FileTarget):
             journal.start(origin)
             return True
         if not journal.resume(origin):
-            raise TargetError(f"{self.path}: no journal tells what is in it; remove it")
+            raise TargetError(f"{self.path}: no journal says what it holds; remove it")
         self._sync()  # reports a write that failed after the last export
         return False
 
@@ -117,7 +117,7 @@ class NewFile(FileTarget):
             os.fsync(self._descriptor)
         except OSError as error:
             self._discard()
-            what = f"cannot write {self.path} to the disk: {error.strerror}; what was copied is not kept"
+            what = f"cannot write {self.path} to the disk: {error.strerror}; the unfinished copy was removed"
             raise TargetError(what, error.errno) from error
 
     def _discard(self) -> None:

@@ -87,5 +87,5 @@ class UpdatedFile(FileTarget):
         finally:
             self._close()
         if self._has_begun or self.is_device:
-            return f"{self.path} is not whole; the same command goes on with it"
+            return f"{self.path} is not whole; the same command continues it"
         return f"{self.path} is as it was"

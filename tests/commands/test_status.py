@@ -320,7 +320,7 @@ def test_a_mount_whose_process_was_killed_does_not_answer(mount: Mount) -> None:
 
 def test_no_mount_is_told_so(tmp_path: Path) -> None:
     done = rbdfs("status", str(tmp_path))
-    reason = "is no rbdfs mount; rbdfs status shows those that there are"
+    reason = "is no rbdfs mount; rbdfs status shows all mounts of this host"
     assert (done.returncode, done.stderr) == (1, f"rbdfs: {tmp_path} {reason}\n")
     done = rbdfs("status", str(tmp_path / "missing"))
     assert (done.returncode, done.stderr) == (

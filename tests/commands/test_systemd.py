@@ -59,7 +59,7 @@ def test_one_datagram_has_a_line_for_each_assignment(tmp_path: Path, *, is_abstr
 
 def test_a_manager_that_is_gone_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ServiceManager(str(tmp_path / "nobody")).notify("WATCHDOG=1")
-    assert "the service manager could not be told WATCHDOG=1: [Errno 2]" in caplog.text
+    assert "cannot notify the service manager of WATCHDOG=1: [Errno 2]" in caplog.text
 
 
 # A mount as a service: this process is the manager.

@@ -176,7 +176,7 @@ def test_what_is_not_a_copy_of_an_earlier_snapshot_is_refused_and_left_as_it_was
         assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
     path.write_bytes(BASE)
-    refused(f"rbd/{name}@s2", "nothing tells what", "it has no label")
+    refused(f"rbd/{name}@s2", "is not known to be a copy", "it has no label")
     path.unlink()
     assert command(ceph, f"rbd/{name}@s1", str(path)).returncode == 0
     refused(f"rbd/{other}@s2", f"is a copy of rbd/{name}", f"and not of rbd/{other}")
@@ -400,4 +400,4 @@ def test_usage_that_cannot_be_meant_is_refused(ceph: Ceph, tmp_path: Path) -> No
         done = command(ceph, *arguments)
         assert (done.returncode, word in done.stderr) == (2, True), done.stderr
     done = rbdfs("export", "--full", f"rbd/{name}@s1", path, conf=ceph.conf)
-    assert (done.returncode, "--full is a way to --update" in done.stderr) == (2, True)
+    assert (done.returncode, "--full goes with --update only" in done.stderr) == (2, True)

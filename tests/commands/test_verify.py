@@ -175,7 +175,7 @@ def test_a_mixture_is_never_whole_and_a_copy_of_another_snapshot_is_told(
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
     assert f"{path} is not whole, but between rbd/{name}@s (snapshot " in said.err
-    assert f"'rbdfs export --update {new} {path}' goes on with it" in said.err
+    assert f"'rbdfs export --update {new} {path}' continues it" in said.err
     assert said.out == f"all bytes are those of {old} (33 MiB), but {path} is not known to be whole\n"
     found = verified(ceph, old, path, capsys)
     assert (found["is_mixture"], found["ranges"]) == (True, [])

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from rbdfs.export import label, syscalls
-from rbdfs.export.copy import Copy, CopyOptions
+from rbdfs.export.copy import Changes, Copy, CopyOptions
 from rbdfs.export.journal import Origin
 from rbdfs.export.label import Copied, Label
 from rbdfs.export.updated_file import UpdatedFile
@@ -100,7 +100,7 @@ class Recorder:
 
 
 @dataclass
-class FakeChanges:
+class FakeChanges(Changes):
     """Where two contents differ, by pages, and what one has beyond the other."""
 
     before: Sequence[bytes]
@@ -108,7 +108,6 @@ class FakeChanges:
     window: int = 64 * PAGE
 
     async def within(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """See `Changes.within`."""
         pages = range(offset, offset + length, PAGE)
         return [
             (at, min(at + PAGE, offset + length))
