@@ -37,6 +37,8 @@ T = TypeVar("T")
 ABANDONED_SECONDS = 10.0
 """How long a disconnect waits for threads that cancelled requests have left behind: they use the connection."""
 
+UNANSWERED: Final = "the cluster has not answered requests that were cancelled; leaving the connection open"
+
 MONITORS_LANE: Final = -1
 MONITORS_SILENT: Final = (errno.ETIMEDOUT, errno.EACCES)
 """The errors of a question that the monitors have not answered."""
@@ -212,16 +214,30 @@ class Connections:
         trio.lowlevel.spawn_system_task(close)
 
     async def aclose(self) -> None:
-        """Disconnect. Close all images first: librados aborts the process otherwise."""
+        """Disconnect. Close all images first: librados aborts the process otherwise.
+
+        Waits for what still uses the connection, such as a watch whose open was given up: librados does not hold on to
+        an ioctx for it (`IoCtxImpl::aio_watch`), and would use freed memory.
+        """
         await self._recovery.aclose()
         await self._closing.wait()
         last = [*self._replaced, self.current]
         self._replaced.clear()
-        await run_in_thread(self._close_all, last)
+        with trio.move_on_after(ABANDONED_SECONDS) as waiting:
+            for connection in last:
+                connection.lifetime.end()
+                await connection.lifetime.unused()
+        if waiting.cancelled_caught:
+            log.warning(UNANSWERED)
+            return
+        seconds = waiting.deadline - trio.current_time()
+        await run_in_thread(self._close_all, last, seconds)
+        for connection in last:
+            forget_lanes(connection.lifetime)
 
-    def _close_all(self, connections: list[Connection]) -> None:
-        if not wait_for_abandoned(ABANDONED_SECONDS):
-            log.warning("the cluster has not answered requests that were cancelled; leaving the connection open")
+    def _close_all(self, connections: list[Connection], seconds: float) -> None:
+        if not wait_for_abandoned(seconds):
+            log.warning(UNANSWERED)
             return
         for connection in connections:
             connection.close()
