@@ -135,7 +135,10 @@ class KernelAttributes:
         return None if known.size > end else max(0.0, known.surely_from - trio.current_time())
 
     def entry(self, node: Node, known: KnownStat) -> pyfuse3.EntryAttributes:
-        """Return the reply to the kernel, valid until it is ENTRY_SECONDS old; not at all if nothing is known."""
+        """Return the reply to the kernel, valid until it is ENTRY_SECONDS old; not at all if nothing is known.
+
+        The age counts from when the cluster was asked: a slow listing gives the kernel nothing older than a quick one.
+        """
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
         entry.st_uid = self._file_attributes.uid

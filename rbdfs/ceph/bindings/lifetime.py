@@ -1,4 +1,8 @@
-"""When a connection can be closed: once a newer one has taken its place and nothing uses it."""
+"""When a connection can be closed: once a newer one has taken its place and nothing uses it.
+
+Questions that the old connection refused (ESHUTDOWN) or has not answered are asked again by the newer one
+(`by_the_newest`), within the deadline of the request that they are for.
+"""
 
 import errno
 from collections.abc import Awaitable, Callable, Hashable, Iterator

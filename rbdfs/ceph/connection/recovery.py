@@ -3,6 +3,9 @@
 A client that was blocklisted stays blocklisted; one whose key was replaced is refused once its tickets end; one whose
 monitors have moved looks for them where they were. A new connection reads configuration and keyring again. If the
 cluster is silent for all clients, a new connection does not work either, and the present one is kept.
+
+A client that was blocklisted reconnects at once. After EACCES, EPERM, ETIMEDOUT or PATIENT_SECONDS without an answer,
+the present connection is probed first: it stays if it works, or if a new one does not.
 """
 
 import errno

@@ -78,6 +78,9 @@ class CephImage(ReopeningImage):
         A client that writes to an image with the exclusive-lock feature takes the lock first, which is an entry in the
         header object. So while the header has the same version, nobody holds the lock and nobody else has the image
         open, nobody writes. (krbd that mapped an image before it had the feature writes without the lock.)
+
+        A snapshot is immutable once nobody can be filling it, as a deep copy or mirroring does: it is settled
+        (`Layer.is_settled`), and no client has the image open without its lock.
         """
         own = state.own
         lockers = {locker.client for locker in own.lockers}

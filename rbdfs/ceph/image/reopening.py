@@ -195,7 +195,10 @@ class ReopeningImage:
         return self.handle
 
     def _on_reconnect(self) -> None:
-        """Revalidate, which reopens the image by the new connection."""
+        """Revalidate, which reopens the image by the new connection.
+
+        By its id: if it was removed while nothing watched it, it is stale, even if another image has its name by now.
+        """
         if self.watch is not None:
             self.watch.take_again()
         handle = self.handle

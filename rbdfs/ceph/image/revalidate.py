@@ -2,7 +2,8 @@
 
 librbd reads an object that is gone as zeros, or in a clone as the parent's bytes, without an error: it cannot tell a
 hole from an object that was just removed. And some keys may not hold the watch that holds off a removal. So bytes that
-may be wrong are passed on only after a revalidation that began after they arrived. It relies on the order in which
+may be wrong are passed on only after a revalidation that began after they arrived: of HEAD those that end with a zero
+in an object, of a clone or a snapshot all. It relies on the order in which
 librbd does things (src/librbd; observed with 16.2):
 
 - `rbd rm` moves an image to the trash first, out of the pool's directory, and then removes its objects
