@@ -15,6 +15,7 @@ from rbdfs.ceph.bindings.lifetime import ATTEMPTS, Lifetime, by_the_newest
 from rbdfs.ceph.connection.probe import PROBE_SECONDS, Probe
 from rbdfs.ceph.connection.recovery import CALM_SECONDS, FIRST_SECONDS, LONGEST_SECONDS, PATIENT_SECONDS, Recovery
 from rbdfs.errors import NOTICE, RbdfsError
+from tests.in_trio import with_a_clock
 
 OUT = "rbdfs.ceph.connection.recovery"
 
@@ -49,15 +50,6 @@ class FakeConnection:
             raise RbdfsError("the monitors refuse client.backup", errno.ENOTCONN)
         lifetime, self.lifetime = self.lifetime, Lifetime(self.recovery)
         lifetime.end()
-
-
-def with_a_clock(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """Run an async test in no time."""
-
-    def run() -> None:
-        trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))
-
-    return run
 
 
 def with_a_clock_and_log(

@@ -115,10 +115,10 @@ class Revalidator:
             checked = await self._check()
             self._known &= checked.writers  # a client that comes back is new
             new = checked.writers - self._known
+            self._first_seen = {writer: self._first_seen.get(writer, began) for writer in new}
             if not new or (size is not None and checked.size < size):
                 return checked.size
             size = checked.size
-            self._first_seen = {writer: self._first_seen.get(writer, began) for writer in new}
             if all(began - since > NEW_WRITER_SECONDS for since in self._first_seen.values()):
                 self._known |= new
                 return size

@@ -1,0 +1,593 @@
+"""What a read in doubt waits for while others write, shrink or remove: with a fake header, and a clock that jumps."""
+
+import errno
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, TypeVar, TypeVarTuple, cast
+
+import pytest
+import rbd
+import trio
+
+from rbdfs.catalog import ImageRef, Namespace, Pool
+from rbdfs.ceph.bindings.aio import LibrbdImage, Portal
+from rbdfs.ceph.bindings.librbd import ImageInfo
+from rbdfs.ceph.image.ceph_image import REVALIDATE_SECONDS, CephImage
+from rbdfs.ceph.image.handle_cache import HandleCache, Opened
+from rbdfs.ceph.image.image_state import HeaderClient, ImageState, Layer, Locker
+from rbdfs.ceph.image.revalidate import CHECK_AGAIN_SECONDS, NEW_WRITER_SECONDS, Checked, Revalidator
+from rbdfs.ceph.metadata.header import Header, Parent
+from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
+from rbdfs.spec import ImageSpec
+from tests.fake_recovery import lifetime
+from tests.in_trio import read, with_a_clock
+
+SIZE = 1 << 20
+ROUND_TRIP = 0.01
+AT_MOST = CHECK_AGAIN_SECONDS + 2 * ROUND_TRIP
+"""Seconds, from what others do until a check that is asked again and again has seen it."""
+VM, OTHER = Locker(4711, "auto 1"), Locker(4712, "auto 2")
+NOBODY: frozenset[Locker] = frozenset()
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+Result = int | RbdfsError
+
+
+class FakeHeader:
+    """Answers a round trip later, with what the image was when it was asked."""
+
+    def __init__(self, *writers: Locker) -> None:
+        self.size = SIZE
+        self.writers = frozenset(writers)
+        self.error: Exception | None = None
+        self.parent: Parent | None = None
+        self.asked: list[float] = []
+
+    async def check(self) -> Checked:
+        """As `CephImage` asks."""
+        self.asked.append(trio.current_time())
+        found, error = Checked(self.size, self.writers), self.error
+        await trio.sleep(ROUND_TRIP)
+        if error is not None:
+            raise error
+        return found
+
+
+class Revalidated:
+    """A revalidator of that header, and what those were told who asked it."""
+
+    def __init__(self, header: FakeHeader) -> None:
+        self.stales = 0
+        self.revalidator = Revalidator(header.check, header.writers, self._on_stale)
+        self.told: dict[str, Result] = {}
+        self.at: dict[str, float] = {}
+
+    def _on_stale(self) -> None:
+        self.stales += 1
+
+    def ask(self, *names: str) -> None:
+        """Several, in order."""
+        for name in names:
+            self.revalidator.ask(partial(self._tell, name))
+
+    def _tell(self, name: str, result: Result) -> None:
+        assert name not in self.told, "told twice"
+        self.told[name], self.at[name] = result, trio.current_time()
+
+    async def seconds_of_one(self) -> float:
+        """How long one waits who asks now; it must be told the size."""
+        began = trio.current_time()
+        assert await self.revalidator.stable_size() == SIZE
+        return trio.current_time() - began
+
+
+@with_a_clock
+async def test_all_who_ask_while_a_revalidation_is_under_way_share_the_next() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    revalidated.ask("first", "at once")
+    await trio.sleep(ROUND_TRIP / 2)
+    revalidated.ask("later", "later, too")
+    assert revalidated.told == {}
+    await trio.sleep(1)
+    assert len(header.asked) == 2
+    assert list(revalidated.told.values()) == [SIZE] * 4
+    assert (
+        revalidated.at["first"] == revalidated.at["at once"] < revalidated.at["later"] == revalidated.at["later, too"]
+    )
+
+
+@with_a_clock
+async def test_who_asks_is_told_what_others_did_before_though_the_one_under_way_has_not_seen_it() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    revalidated.ask("before")
+    await trio.sleep(ROUND_TRIP / 2)
+    header.size = SIZE // 2
+    revalidated.ask("after")
+    await trio.sleep(1)
+    assert revalidated.told == {"before": SIZE, "after": SIZE // 2}
+
+
+@with_a_clock
+async def test_who_asks_again_when_it_is_told_gets_a_revalidation_of_its_own() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    revalidated.revalidator.ask(lambda _: revalidated.ask("again"))
+    await trio.sleep(1)
+    assert revalidated.told == {"again": SIZE}
+    assert len(header.asked) == 2
+
+
+@with_a_clock
+async def test_of_two_in_a_row_each_asks_the_cluster() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    for number in range(1, 4):
+        assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
+        assert len(header.asked) == number
+        await trio.sleep(number)
+
+
+@with_a_clock
+async def test_who_wrote_before_our_open_is_not_waited_for() -> None:
+    revalidated = Revalidated(FakeHeader(VM, OTHER))
+    assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
+
+
+@with_a_clock
+async def test_who_began_to_write_after_our_open_is_waited_for_once() -> None:
+    header = FakeHeader(VM)
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM, OTHER])
+    assert NEW_WRITER_SECONDS < await revalidated.seconds_of_one() <= NEW_WRITER_SECONDS + 2 * AT_MOST
+    assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
+
+
+@with_a_clock
+async def test_each_who_begins_to_write_has_its_own_time() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM])
+    revalidated.ask("reader")
+    await trio.sleep(3)
+    header.writers = frozenset([VM, OTHER])
+    await trio.sleep(NEW_WRITER_SECONDS)
+    assert revalidated.told == {}
+    await trio.sleep(2 * AT_MOST)
+    assert revalidated.told == {"reader": SIZE}
+
+
+@with_a_clock
+async def test_a_writer_who_is_gone_is_not_waited_for_any_more() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM])
+    revalidated.ask("reader")
+    await trio.sleep(1)
+    assert revalidated.told == {}
+    header.writers = NOBODY
+    await trio.sleep(AT_MOST)
+    assert revalidated.told == {"reader": SIZE}
+
+
+@with_a_clock
+async def test_who_comes_back_is_new() -> None:
+    header = FakeHeader(VM)
+    revalidated = Revalidated(header)
+    header.writers = NOBODY
+    assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
+    header.writers = frozenset([VM])
+    assert await revalidated.seconds_of_one() > NEW_WRITER_SECONDS
+
+
+@with_a_clock
+async def test_who_was_waited_for_and_left_and_comes_back_is_new() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM])
+    revalidated.ask("reader")
+    await trio.sleep(1)
+    header.writers = NOBODY
+    await trio.sleep(2 * NEW_WRITER_SECONDS)
+    assert revalidated.told == {"reader": SIZE}
+    header.writers = frozenset([VM])
+    assert await revalidated.seconds_of_one() > NEW_WRITER_SECONDS
+
+
+@with_a_clock
+async def test_who_leaves_and_comes_back_while_it_is_waited_for_begins_anew() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM, OTHER])
+    revalidated.ask("reader")
+    await trio.sleep(4)
+    header.writers = frozenset([VM])
+    await trio.sleep(AT_MOST)
+    header.writers = frozenset([VM, OTHER])
+    await trio.sleep(4)
+    assert revalidated.told == {}
+    await trio.sleep(1 + 2 * AT_MOST)
+    assert revalidated.told == {"reader": SIZE}
+
+
+@with_a_clock
+async def test_an_image_that_is_shrunk_while_its_writer_is_waited_for_has_its_new_size_at_once() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM])
+    revalidated.ask("reader")
+    await trio.sleep(1)
+    header.size = SIZE // 2
+    await trio.sleep(AT_MOST)
+    assert revalidated.told == {"reader": SIZE // 2}
+
+
+@with_a_clock
+async def test_an_image_that_is_grown_while_its_writer_is_waited_for_may_still_be_shrunk() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM])
+    revalidated.ask("reader")
+    await trio.sleep(1)
+    header.size = 2 * SIZE
+    await trio.sleep(2)
+    assert revalidated.told == {}
+    header.size = SIZE + 1  # less than a moment ago
+    await trio.sleep(AT_MOST)
+    assert revalidated.told == {"reader": SIZE + 1}
+
+
+@with_a_clock
+async def test_a_writer_is_waited_for_no_longer_because_a_question_in_between_has_failed() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM])
+    revalidated.ask("first")
+    await trio.sleep(2)
+    header.error = RbdfsError("no answer", errno.ETIMEDOUT)
+    await trio.sleep(AT_MOST)
+    assert revalidated.told == {"first": header.error}
+    header.error = None
+    assert await revalidated.seconds_of_one() <= NEW_WRITER_SECONDS - 2 + AT_MOST
+
+
+@with_a_clock
+async def test_a_question_that_fails_is_an_error_for_all_who_wait_and_for_nobody_later() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    failure = header.error = RbdfsError("no answer", errno.ETIMEDOUT)
+    revalidated.ask("one", "two")
+    await trio.sleep(ROUND_TRIP / 2)
+    header.error = None
+    revalidated.ask("three")
+    await trio.sleep(1)
+    assert revalidated.told == {"one": failure, "two": failure, "three": SIZE}
+    assert (revalidated.revalidator.stale, revalidated.stales) == (None, 0)
+
+
+@with_a_clock
+async def test_a_removed_image_is_stale_for_all_who_wait_and_known_to_be_before_they_are_told() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    removed = header.error = StaleError("rbd/vm1 was removed while it was open")
+    known: list[object] = []
+    revalidated.revalidator.ask(lambda _: known.append((revalidated.revalidator.stale, revalidated.stales)))
+    revalidated.ask("one", "two")
+    await trio.sleep(1)
+    assert revalidated.told == {"one": removed, "two": removed}
+    assert known == [(removed, 1)]
+    with pytest.raises(StaleError):
+        await revalidated.revalidator.stable_size()
+
+
+@with_a_clock
+async def test_an_image_that_is_removed_while_its_writer_is_waited_for_is_stale_at_once() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.writers = frozenset([VM])
+    revalidated.ask("reader")
+    await trio.sleep(1)
+    removed = header.error = StaleError("rbd/vm1 was removed while it was open")
+    await trio.sleep(AT_MOST)
+    assert revalidated.told == {"reader": removed}
+
+
+@with_a_clock
+async def test_an_error_that_nobody_expects_ends_neither_the_loop_nor_the_next_revalidation(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    header.error = ZeroDivisionError("nobody expects this")
+    with pytest.raises(RbdfsError, match="unexpected ZeroDivisionError: nobody expects this"):
+        await revalidated.revalidator.stable_size()
+    assert "Traceback" in caplog.text
+    header.error = None
+    assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
+
+
+@with_a_clock
+async def test_a_callback_with_a_fault_in_it_keeps_nobody_else_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    def explode(_: Result) -> None:
+        raise ZeroDivisionError("nobody expects this")
+
+    revalidated = Revalidated(FakeHeader())
+    revalidated.ask("one")
+    revalidated.revalidator.ask(explode)
+    revalidated.ask("two")
+    await trio.sleep(1)
+    assert revalidated.told == {"one": SIZE, "two": SIZE}
+    assert "ZeroDivisionError" in caplog.text
+    assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
+
+
+@with_a_clock
+async def test_who_gives_up_waiting_leaves_the_others_their_answer() -> None:
+    header = FakeHeader()
+    revalidated = Revalidated(header)
+    sizes: list[int] = []
+
+    async def wait() -> None:
+        sizes.append(await revalidated.revalidator.stable_size())
+
+    async with trio.open_nursery() as nursery:
+        with trio.move_on_after(ROUND_TRIP / 2) as impatient:
+            nursery.start_soon(wait)
+            await revalidated.revalidator.stable_size()
+        assert impatient.cancelled_caught
+        nursery.start_soon(wait)
+    assert sizes == [SIZE, SIZE]
+    assert len(header.asked) == 2
+
+
+# What an open image makes of it
+
+
+class FakeHandle:
+    """Reads its bytes at trio's next turn, or when the test says so."""
+
+    lane = None
+
+    def __init__(self, site: "Site") -> None:
+        self.lifetime = lifetime()
+        self.uses = 0
+        self._site = site
+        self._content = site.content
+
+    def start_read(self, offset: int, length: int, callback: Callable[[int, bytes], None]) -> None:
+        """See `LibrbdImage.start_read`."""
+        trio.lowlevel.current_trio_token().run_sync_soon(callback, length, self._content[offset : offset + length])
+
+    def watchers(self) -> frozenset[int]:
+        """See `LibrbdImage.watchers`."""
+        return frozenset(writer.client for writer in self._site.header.writers)
+
+    def hold(self) -> None:
+        """See `LibrbdImage.hold`."""
+        self.uses += 1
+
+    def release(self) -> None:
+        """See `LibrbdImage.release`."""
+        self.uses -= 1
+
+
+class InlinePortal(Portal):
+    """What blocks does not, here."""
+
+    async def run_holding(self, _: Any, function: Callable[[*Ts], T], *args: *Ts, **__: Any) -> T:  # type: ignore[override]
+        """See `Portal.run_holding`."""
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+
+class Site:
+    """One image of a cluster that has only its header, for a key that may not watch it."""
+
+    client_ids: frozenset[int] = frozenset()
+
+    def __init__(self, content: bytes, features: int = rbd.RBD_FEATURE_EXCLUSIVE_LOCK, *, is_snapshot: bool = False):
+        self.content = content
+        self.header = FakeHeader()
+        self.handles: list[FakeHandle] = []
+        self._features = features
+        self._ref = ImageRef(Namespace(Pool(1, "rbd")), "abc", 1 if is_snapshot else None)
+        self.background = SimpleNamespace(start=lambda _: None)
+
+    async def opened(self) -> CephImage:
+        """As by an open(), which takes no time of the clock."""
+        as_any = cast(Any, self)
+        image = await CephImage.open(
+            ImageSpec("rbd", "vm1"),
+            self._ref,
+            cast(HeaderClient, as_any),
+            InlinePortal(),
+            cast(HandleCache, as_any),
+            as_any,
+        )
+        self.header.asked.clear()
+        return image
+
+    def ioctx_of(self, _: Namespace) -> None:
+        """See `HeaderClient.ioctx_of`."""
+        raise RbdfsError("may not watch", errno.EPERM)
+
+    async def state(self, _spec: ImageSpec, image: ImageRef, _ancestors: Sequence[ImageRef]) -> ImageState:
+        """See `HeaderClient.state`."""
+        parent, lockers = self.header.parent, self.header.writers
+        found = await self.header.check()
+        header = Header(found.size, 1 << 16, self._features, parent=parent)
+        own = Layer(image, header, 1, lockers, 0)
+        if parent is None:
+            return ImageState((own,))
+        return ImageState((own, Layer(parent.image, Header(SIZE, 1 << 16, 0), 1, NOBODY, 0)))
+
+    def take(self, _: ImageRef) -> None:
+        """See `HandleCache.take`."""
+
+    async def open(self, _: ImageRef, state: ImageState, _kept: Opened | None = None) -> Opened:
+        """See `HandleCache.open`."""
+        self.handles.append(FakeHandle(self))
+        info = ImageInfo(state.size, 16, 1 << 16, 1, self._features, 0, "rbd_data.abc")
+        return Opened(cast(LibrbdImage, self.handles[-1]), info, state)
+
+
+PARENT = Parent(ImageRef(Namespace(Pool(1, "rbd")), "parent", 1), SIZE)
+DATA = b"\x01" * SIZE
+ZEROS = bytes(SIZE)
+
+
+async def read_for(image: CephImage, offset: int = 0, length: int = 4096) -> tuple[bytes, float]:
+    """What is read, and how many seconds that took."""
+    began = trio.current_time()
+    return bytes(await read(image, offset, length)), round(trio.current_time() - began, 6)
+
+
+@with_a_clock
+async def test_bytes_that_nothing_removed_can_have_left_wait_for_nothing() -> None:
+    site = Site(DATA)
+    image = await site.opened()
+    site.header.writers = frozenset([VM])
+    assert await read_for(image) == (DATA[:4096], 0)
+    assert site.header.asked == []
+
+
+@pytest.mark.parametrize("features", [rbd.RBD_FEATURE_EXCLUSIVE_LOCK, 0], ids=["locks", "no locks"])
+@with_a_clock
+async def test_zeros_wait_for_one_round_trip_or_until_a_new_writer_cannot_be_shrinking_the_image(features: int) -> None:
+    site = Site(ZEROS, features)
+    image = await site.opened()
+    assert await read_for(image) == (bytes(4096), ROUND_TRIP)
+    site.header.writers = frozenset([VM])
+    data, seconds = await read_for(image)
+    assert data == bytes(4096)
+    assert NEW_WRITER_SECONDS < seconds < NEW_WRITER_SECONDS + 2 * AT_MOST
+    assert await read_for(image) == (bytes(4096), ROUND_TRIP)
+    assert [handle.uses for handle in site.handles] == [0]
+
+
+@pytest.mark.parametrize("features", [rbd.RBD_FEATURE_EXCLUSIVE_LOCK, 0], ids=["locks", "no locks"])
+@with_a_clock
+async def test_zeros_do_not_wait_for_who_had_the_image_open_before(features: int) -> None:
+    site = Site(ZEROS, features)
+    site.header.writers = frozenset([VM])
+    image = await site.opened()
+    assert await read_for(image) == (bytes(4096), ROUND_TRIP)
+
+
+@pytest.mark.parametrize("place", [4095, 65535], ids=["the last byte", "the last of an object in the middle"])
+@with_a_clock
+async def test_a_zero_where_an_object_may_have_been_cut_is_in_doubt(place: int) -> None:
+    site = Site(DATA[:place] + b"\0" + DATA[place + 1 :])
+    image = await site.opened()
+    length = 4096 if place == 4095 else 3 << 16
+    assert await read_for(image, 0, length) == (site.content[:length], ROUND_TRIP)
+
+
+@pytest.mark.parametrize("is_snapshot", [True, False], ids=["snapshot", "clone"])
+@with_a_clock
+async def test_all_bytes_of_a_snapshot_and_of_a_clone_are_in_doubt(is_snapshot: bool) -> None:
+    site = Site(DATA, is_snapshot=is_snapshot)
+    site.header.parent = None if is_snapshot else PARENT
+    image = await site.opened()
+    assert await read_for(image) == (DATA[:4096], ROUND_TRIP)
+
+
+@with_a_clock
+async def test_zeros_that_arrive_during_a_revalidation_wait_for_the_next_which_finds_the_image_gone() -> None:
+    site = Site(ZEROS)
+    image = await site.opened()
+    image.revalidate_soon()
+    await trio.sleep(ROUND_TRIP / 2)
+    site.header.error = RbdfsError("no such file", errno.ENOENT)
+    results: list[object] = []
+    for offset in (0, 8192):
+        image.start_read(offset, 4096, results.append)
+    await trio.sleep(1)
+    assert [type(result) for result in results] == [StaleError] * 2
+    assert len(site.header.asked) == 2
+    assert "rbd/vm1 was removed while it was open" in str(image.stale)
+    assert [handle.uses for handle in site.handles] == [0]
+
+
+@with_a_clock
+async def test_zeros_beyond_the_end_of_an_image_that_was_shrunk_are_beyond_its_end_and_those_before_it_are_zeros() -> (
+    None
+):
+    site = Site(ZEROS)
+    image = await site.opened()
+    site.header.size = 8192
+    assert await read_for(image, 4096) == (bytes(4096), ROUND_TRIP)
+    with pytest.raises(BeyondEndError):
+        await read(image, 4097, 4096)
+
+
+@with_a_clock
+async def test_zeros_of_which_the_cluster_does_not_say_what_they_are_are_an_error_once() -> None:
+    site = Site(ZEROS)
+    image = await site.opened()
+    site.header.error = RbdfsError("no answer", errno.ETIMEDOUT)
+    with pytest.raises(ReadError, match="cannot tell zeros from what was removed: no answer") as raised:
+        await read(image, 0, 4096)
+    assert raised.value.errno == errno.ETIMEDOUT
+    site.header.error = None
+    assert await read_for(image) == (bytes(4096), ROUND_TRIP)
+    assert image.stale is None
+
+
+@with_a_clock
+async def test_what_was_read_of_a_clone_that_was_flattened_meanwhile_is_read_again() -> None:
+    site = Site(DATA)
+    site.header.parent = PARENT
+    image = await site.opened()
+    site.header.parent, site.content = None, ZEROS
+    assert (await read_for(image))[0] == bytes(4096)
+    assert len(site.handles) == 2
+    assert [handle.uses for handle in site.handles] == [0, 0]
+
+
+@with_a_clock
+async def test_a_revalidation_is_due_a_second_after_the_open_and_after_each_that_has_ended() -> None:
+    site = Site(DATA)
+    image = await site.opened()
+    for number in range(1, 4):
+        await trio.sleep(REVALIDATE_SECONDS - ROUND_TRIP / 2)
+        assert not image.revalidate_due
+        await trio.sleep(ROUND_TRIP)
+        assert image.revalidate_due
+        image.revalidate_soon()
+        assert not image.revalidate_due
+        await trio.sleep(ROUND_TRIP)
+        assert len(site.header.asked) == number
+
+
+@with_a_clock
+async def test_a_revalidation_that_fails_is_due_again_as_any_other() -> None:
+    site = Site(DATA)
+    image = await site.opened()
+    site.header.error = RbdfsError("no answer", errno.ETIMEDOUT)
+    for number in range(1, 4):
+        await trio.sleep(REVALIDATE_SECONDS + ROUND_TRIP)
+        assert image.revalidate_due
+        image.revalidate_soon()
+        await trio.sleep(2 * ROUND_TRIP)
+        assert len(site.header.asked) == number
+    assert [handle.uses for handle in site.handles] == [0]
+
+
+@with_a_clock
+async def test_of_an_image_that_is_gone_every_reader_is_told_at_once_and_nobody_is_asked() -> None:
+    site = Site(DATA)
+    image = await site.opened()
+    site.header.error = RbdfsError("no such file", errno.ENOENT)
+    image.revalidate_soon()
+    await trio.sleep(2 * ROUND_TRIP)
+    asked = len(site.header.asked)
+    for _ in range(3):
+        assert image.revalidate_due
+        with pytest.raises(StaleError, match="rbd/vm1 was removed while it was open"):
+            image.revalidate_soon()
+        await trio.sleep(REVALIDATE_SECONDS)
+    assert len(site.header.asked) == asked
