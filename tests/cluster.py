@@ -8,15 +8,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import rados
 import rbd
 
+from rbdfs.catalog import Namespace
+from rbdfs.ceph.cluster import Cluster
+from rbdfs.ceph.connection.connect import ClusterOptions
+from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from rbdfs.devcluster.state import Store
+from rbdfs.spec import ImageSpec
 
 READ_ONLY_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only")
 SOON_BACK = {"objecter_timeout": "1", "objecter_tick_interval": "0.5"}
@@ -158,6 +164,23 @@ def running_ceph(osds: int = 1, store: Store = "bluestore", parent: Path | None 
     finally:
         devcluster.down()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def connected(ceph: Ceph, **options: Any) -> AsyncIterator[Cluster]:
+    """rbdfs's own connection, until the end of the block; the options are those of `ClusterOptions`."""
+    cluster = await Cluster.connect(ClusterOptions(conf=ceph.conf, **options))
+    try:
+        yield cluster
+    finally:
+        await cluster.aclose()
+
+
+async def open_image(cluster: Cluster, name: str, snapshot: str | None = None) -> CephImage:
+    """An image of pool rbd, or a snapshot, by name; to be closed by the caller."""
+    image = await cluster.image(Namespace(await cluster.pool("rbd")), name)
+    ref = image if snapshot is None else await cluster.snapshot(image, snapshot)
+    return await cluster.open_image(ImageSpec("rbd", name), ref)
 
 
 def rbdfs(*arguments: str, conf: Path | None = None, module: str = "rbdfs") -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -18,11 +19,18 @@ T = TypeVar("T")
 
 
 def in_trio(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run an async test in a trio loop of its own."""
+    """Run an async test in a trio loop of its own. In it, fixtures that are async context managers are entered."""
+
+    async def run_with_fixtures(*args: P.args, **kwargs: P.kwargs) -> None:
+        async with AsyncExitStack() as stack:
+            for name, fixture in kwargs.items():
+                if isinstance(fixture, AbstractAsyncContextManager):
+                    kwargs[name] = await stack.enter_async_context(fixture)
+            await test(*args, **kwargs)
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        trio.run(partial(test, *args, **kwargs))
+        trio.run(partial(run_with_fixtures, *args, **kwargs))
 
     return run
 

@@ -4,19 +4,19 @@ python -m tests.golden.capture      # a devcluster for a minute; writes tests/go
 """
 
 import os
-import shutil
-import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from rbdfs.ceph.cluster import Cluster
+from rbdfs.ceph.bindings.aio import Portal
 from rbdfs.ceph.connection.connect import ClusterOptions
-from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
+from rbdfs.ceph.connection.connections import Connections
 from rbdfs.errors import RbdfsError
-from tests.cluster import Ceph
+from tests.cluster import Ceph, running_ceph
 from tests.golden.images import HELD, POOLS, make_images, opened, said
 from tests.golden.questions import Questions
 from tests.golden.replies import FOLDER, Recorder, places, save
@@ -26,21 +26,11 @@ def main() -> None:
     """Bring up a cluster, and take it down again."""
     os.environ["TZ"] = "UTC"
     time.tzset()
-    folder = Path(tempfile.mkdtemp(prefix="rbdfs-golden-"))
-    devcluster = Devcluster(DevclusterOptions(folder))
-    try:
-        devcluster.up()
-        ceph = Ceph(devcluster)
-        try:
-            make_images(ceph)
-            with opened(ceph, HELD) as image:
-                image.write(b"held", 0)
-                capture(ceph)
-        finally:
-            ceph.close()
-    finally:
-        devcluster.down()
-        shutil.rmtree(folder, ignore_errors=True)
+    with running_ceph() as ceph:
+        make_images(ceph)
+        with opened(ceph, HELD) as image:
+            image.write(b"held", 0)
+            capture(ceph)
 
 
 def capture(ceph: Ceph) -> None:
@@ -54,20 +44,28 @@ def capture(ceph: Ceph) -> None:
     print(f"{path}: {len(objects)} objects, {path.stat().st_size >> 10} KiB")
 
 
+@asynccontextmanager
+async def asked_directly(conf: Path) -> AsyncIterator[Connections]:
+    """A connection without what a `Cluster` knows of pools and rights."""
+    connections = Connections(ClusterOptions(conf=conf), frozenset(), Portal())
+    await connections.open()
+    try:
+        yield connections
+    finally:
+        await connections.aclose()
+
+
 async def ask(conf: Path, pools: dict[int, str]) -> dict[str, Any]:
     """All that rbdfs asks."""
-    cluster = await Cluster.connect(ClusterOptions(conf=conf))
-    try:
-        recorder = Recorder(cluster._operations)
-        questions = Questions(recorder, places(pools, cluster._read_ioctx), pools)
+    async with asked_directly(conf) as connections:
+        recorder = Recorder(connections.operations)
+        questions = Questions(recorder, places(pools, connections.read_ioctx), pools)
         for question in await questions.all():
             try:
                 await question.ask()
             except RbdfsError as error:
                 print(f"{question.spec!a} {question.name}: {error!a}")
         return recorder.objects
-    finally:
-        await cluster.aclose()
 
 
 def truth_of_namespace(ceph: Ceph, where: str) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class ReadOperations:
         """`ioctx_of` gives an ioctx of the present connection; it raises RbdfsError."""
         self._portal = portal
         self._ioctx_of = ioctx_of
-        self._in_flight: Counter[Hashable] = Counter()
+        self.in_flight: Counter[Hashable] = Counter()
         """Count of operations, by the lane of the ioctx."""
         self._some_ended = trio.Event()
 
@@ -249,7 +249,7 @@ class ReadOperations:
     async def operate_once(self, requests: Sequence[Request]) -> Sequence[Reply]:
         """As `operate`, only by the connection of the requests. If that is over, the result is ESHUTDOWN."""
         lane = requests[0].ioctx.lane
-        while (waiting := self._in_flight[lane]) and waiting + len(requests) > OPERATIONS_AT_ONCE:
+        while (waiting := self.in_flight[lane]) and waiting + len(requests) > OPERATIONS_AT_ONCE:
             await self._some_ended.wait()
         if len(requests) < MANY:
             return [await reply.get() for reply in [self._send_one(request) for request in requests]]
@@ -303,13 +303,13 @@ class ReadOperations:
 
     def _begin(self, ioctx: librados.Ioctx, count: int) -> None:
         ioctx.lifetime.hold()
-        self._in_flight[ioctx.lane] += count
+        self.in_flight[ioctx.lane] += count
 
     def _ended(self, ioctx: librados.Ioctx, count: int, last: Reply) -> None:
         ioctx.lifetime.note(last.result)
         ioctx.lifetime.release()
-        self._in_flight[ioctx.lane] -= count
-        if not self._in_flight[ioctx.lane]:
-            del self._in_flight[ioctx.lane]
+        self.in_flight[ioctx.lane] -= count
+        if not self.in_flight[ioctx.lane]:
+            del self.in_flight[ioctx.lane]
         self._some_ended.set()
         self._some_ended = trio.Event()
