@@ -38,6 +38,7 @@ class FakeHeader:
     def __init__(self, *refusals: Exception) -> None:
         self.refusals = list(refusals)
         self.asked: list[float] = []
+        self.given: list[FakeWatch] = []
         self.lose: Callable[[], None] | None = None
 
     async def take(self, on_lost: Callable[[], None]) -> FakeWatch:
@@ -47,7 +48,8 @@ class FakeHeader:
         if self.refusals:
             raise self.refusals.pop(0)
         self.lose = on_lost
-        return FakeWatch()
+        self.given.append(FakeWatch())
+        return self.given[-1]
 
 
 async def begin(header: FakeHeader) -> HeaderWatch:
@@ -122,8 +124,7 @@ async def test_after_the_connection_was_replaced_the_key_is_asked_once_more_whet
 async def test_a_watch_by_a_connection_that_was_replaced_is_given_back_but_not_waited_for() -> None:
     header = FakeHeader()
     watch = await begin(header)
-    assert isinstance(watch._watch, FakeWatch)
-    watch._watch.hangs = True
+    header.given[0].hangs = True
     watch.take_again()
     await until(lambda: watch.is_active)
     assert len(header.asked) == 2

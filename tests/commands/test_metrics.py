@@ -14,16 +14,13 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph.bindings.aio import Portal
 from rbdfs.ceph.bindings.health import SILENT_SECONDS, ConnectionHealth
 from rbdfs.ceph.bindings.lifetime import Lifetime
 from rbdfs.ceph.connection.recovery import Recovery
-from rbdfs.ceph.image.ceph_image import CephImage
-from rbdfs.ceph.image.reads import Reads
 from rbdfs.cli import make_parser
 from rbdfs.commands.metrics import MountCollector, metrics
 from rbdfs.commands.running_mount import RunningMount
@@ -31,8 +28,8 @@ from rbdfs.fuse.operations import Operations
 from rbdfs.fuse.protocol import READ, READDIR, READDIRPLUS
 from rbdfs.fuse.requests import Requests
 from rbdfs.image.cache import ObjectCache
-from rbdfs.spec import ImageSpec
 from tests.cluster import CHECKOUT, MIB, Ceph, Mount, random_bytes, rbdfs, wait_until
+from tests.fake_image import Site
 from tests.in_trio import in_trio
 
 Mounts = Callable[..., Mount]
@@ -166,16 +163,17 @@ def test_librados_giving_up_is_no_answer() -> None:
 @in_trio
 async def test_each_read_of_the_cluster_says_whether_it_answers() -> None:
     nobody = cast(Any, None)
-    portal = Portal()
-    image = CephImage(ImageSpec("rbd", "vm1"), ImageRef(Namespace(Pool(1, "rbd")), "1"), nobody, portal, nobody, nobody)
-    image.stripe_unit = 4096
-    reads = Reads(image)
-    handle = cast(Any, SimpleNamespace(lifetime=Lifetime(Recovery(portal.health, nobody, nobody))))
+    site = Site(b"data")
+    image = await site.opened()
+    health, handle = site.portal.health, site.handles[0]
+    handle.lifetime = Lifetime(Recovery(health, nobody, nobody))
     results: list[object] = []
     for result, answer in ((-errno.ETIMEDOUT, False), (4, True), (-errno.EIO, True), (-errno.ETIMEDOUT, False)):
-        reads._finish_read(handle, 0, 4, results.append, 0, result, b"data")
-        assert portal.health.osds_answer(0.0, monotonic()) is answer
-    assert portal.health.osds_answer(SILENT_SECONDS + 1, monotonic()), "one did just now"
+        handle.results.append(result)
+        image.start_read(0, 4, results.append)
+        await trio.testing.wait_all_tasks_blocked()
+        assert health.osds_answer(0.0, monotonic()) is answer
+    assert health.osds_answer(SILENT_SECONDS + 1, monotonic()), "one did just now"
     assert len(results) == 4
 
 

@@ -33,6 +33,8 @@ from tests.cluster import wait_until
 P = ParamSpec("P")
 
 CLONE_NEWNS = 0x20000
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 4, 1 << 12, 1 << 14, 1 << 18
 HUNG_SECONDS = 60
 
@@ -93,7 +95,7 @@ def _run_and_exit(test: Callable[[], None], folder: Path, say: int) -> NoReturn:
 
 def call(function: str, *arguments: object) -> None:
     """A function of the C library that Python lacks."""
-    assert getattr(mounting._libc, function)(*arguments) == 0, os.strerror(ctypes.get_errno())
+    assert getattr(LIBC, function)(*arguments) == 0, os.strerror(ctypes.get_errno())
 
 
 def bind(source: Path, target: str) -> None:
@@ -103,7 +105,7 @@ def bind(source: Path, target: str) -> None:
 
 def _own_mounts(folder: Path) -> None:
     call("unshare", CLONE_NEWNS)
-    failed = mounting._libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
+    failed = LIBC.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
     assert " shared:" not in Path("/proc/self/mountinfo").read_text()
     if failed:  # in a chroot that is no mount point: make it one, since auto_unmount does as we did
         call("mount", b"/", b"/", None, MS_BIND | MS_REC, None)
@@ -584,15 +586,17 @@ def test_who_waits_for_an_answer_gets_an_error_at_the_unmount(mountpoint: Path, 
 def test_the_device_is_closed_before_the_unmount(mountpoint: Path, user: int, monkeypatch: pytest.MonkeyPatch) -> None:
     become(user)
     mounted = mount(mountpoint, parse_options([]))
-    device, unmount = mounted.device, mounting._unmount
+    device, close = mounted.device, os.close
+    mounted_at_its_close: list[bool] = []
 
-    def unmount_what_is_closed(path: bytes) -> str | None:
-        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
-            os.fstat(device)
-        return unmount(path)
+    def note_and_close(descriptor: int) -> None:
+        if descriptor == device and not mounted_at_its_close:
+            mounted_at_its_close.append(mounts_on(mountpoint) != [])
+        close(descriptor)
 
-    monkeypatch.setattr(mounting, "_unmount", unmount_what_is_closed)
+    monkeypatch.setattr(os, "close", note_and_close)
     mounted.unmount()
+    assert mounted_at_its_close == [True]
     assert mounts_on(mountpoint) == []
 
 

@@ -100,7 +100,7 @@ class StubLibrbd:
 
     def stat(self, _handle: int, stat: Any, _size: int) -> int:
         """What of it is used."""
-        stat._obj.size, stat._obj.order = IMAGE_BYTES, OBJECT_BYTES.bit_length() - 1
+        pointed_at(stat).size, pointed_at(stat).order = IMAGE_BYTES, OBJECT_BYTES.bit_length() - 1
         return 0
 
     def set_image_notification(self, _handle: int, event: int, _kind: int) -> int:
@@ -133,8 +133,13 @@ class StubLibrbd:
 
 def put(value: int, _handle: object, place: Any) -> int:
     """A C function that answers by a pointer."""
-    place._obj.value = value
+    pointed_at(place).value = value
     return 0
+
+
+def pointed_at(place: Any) -> Any:
+    """What ctypes's byref() was given."""
+    return place._obj
 
 
 class StubOperations:

@@ -344,9 +344,9 @@ def structures(golden: Golden) -> list[Structure]:
         original = Reader.structure
 
         def structure(reader: Reader, known: int) -> tuple[int, Reader]:
-            start = reader._position
+            start = reader.position
             answer = original(reader, known)
-            seen.add((reader._data, start, reader._position))
+            seen.add((reader.data, start, reader.position))
             return answer
 
         patch.setattr(Reader, "structure", structure)

@@ -3,8 +3,10 @@
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 import trio
@@ -14,12 +16,10 @@ from rbdfs.catalog import ImageRef, Namespace, Pool
 from rbdfs.ceph.bindings.aio import LibrbdImage, Portal
 from rbdfs.ceph.bindings.librados import Ioctx
 from rbdfs.ceph.bindings.librbd import ImageInfo
-from rbdfs.ceph.image.ceph_image import CephImage
 from rbdfs.ceph.image.handle_cache import CACHED_AT_MOST, CACHED_SECONDS, HandleCache, Opened
 from rbdfs.ceph.image.image_state import ImageState, Layer, Locker
 from rbdfs.ceph.metadata.header import Header
 from rbdfs.errors import RbdfsError
-from rbdfs.spec import ImageSpec
 from tests.fake_recovery import lifetime
 from tests.in_trio import in_trio
 
@@ -268,10 +268,7 @@ async def test_a_question_that_is_given_up_lets_go_of_the_image_once_whether_its
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("rbdfs.threads.THREADS_A_LANE", 1)
-    unused = cast(Any, None)
-    ref = ImageRef(Namespace(Pool(id(monkeypatch), "rbd")), "1")
-    asked = CephImage(ImageSpec("rbd", "vm1"), ref, unused, Portal(), unused, unused)
-    handle, has_begun, may_end = HeldHandle(), threading.Event(), threading.Event()
+    portal, handle, has_begun, may_end = Portal(), HeldHandle(), threading.Event(), threading.Event()
 
     def block() -> None:
         has_begun.set()
@@ -280,7 +277,7 @@ async def test_a_question_that_is_given_up_lets_go_of_the_image_once_whether_its
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             for _ in range(2):
-                nursery.start_soon(asked.run_blocking, cast(LibrbdImage, handle), block)
+                nursery.start_soon(partial(portal.run_holding, handle, block, lane=handle.lane))
             await trio.testing.wait_all_tasks_blocked()
             await trio.to_thread.run_sync(has_begun.wait)
             assert handle.held == 2
@@ -347,9 +344,11 @@ async def test_what_hangs_by_a_connection_that_is_replaced_is_opened_by_the_new_
 
 
 @in_trio
-async def test_who_waits_until_an_image_is_idle_goes_on_waiting_if_it_is_held_again_before_the_task_is_woken() -> None:
-    handle = LibrbdImage.__new__(LibrbdImage)
-    handle._image, handle._holds, handle._idle = cast(Any, SimpleNamespace(reads_in_flight=0)), 0, None
+async def test_who_waits_until_an_image_is_idle_goes_on_waiting_if_it_is_held_again_before_the_task_is_woken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rbdfs.ceph.bindings.librbd.open_image", lambda *_, **__: MagicMock(reads_in_flight=0))
+    handle = LibrbdImage(ioctx(), image("a"))
     idle: list[int] = []
 
     async def wait(number: int) -> None:
@@ -368,3 +367,4 @@ async def test_who_waits_until_an_image_is_idle_goes_on_waiting_if_it_is_held_ag
         handle.release()
         await trio.testing.wait_all_tasks_blocked()
         assert sorted(idle) == [1, 2]
+    handle.close_unused()

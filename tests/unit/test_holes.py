@@ -78,4 +78,4 @@ def test_of_too_many_segments_only_what_was_learned_last_is_known(
         start, length, data = lessons[-1]
         end = min(SIZE, start + length)
         assert kinds[start:end] == model[start:end]
-        assert len(holes._starts) <= max(6, 2 * len(data) + 3)
+        assert holes.segments <= max(6, 2 * len(data) + 3)

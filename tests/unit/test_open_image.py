@@ -2,6 +2,7 @@
 
 import errno
 import random
+from unittest import mock
 
 import pytest
 import trio
@@ -9,10 +10,11 @@ import trio.testing
 
 from rbdfs.errors import ReadError, StaleError
 from rbdfs.image import open_images
-from rbdfs.image.cache import ObjectCache
+from rbdfs.image.cache import CachedImage, ObjectCache
 from rbdfs.image.holes import Kind
+from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.open_images import OpenImages
-from rbdfs.image.striper import MIB
+from rbdfs.image.striper import MIB, Layout
 from tests.fake_backend import FakeBackend
 from tests.in_trio import in_trio, read, seek
 
@@ -96,6 +98,14 @@ async def test_two_closes_at_once_give_the_image_back_once() -> None:
     assert cluster.opens == 2
 
 
+def cached(cluster: Cluster, image: OpenImage) -> CachedImage:
+    """What the cache is asked for when an open image is read."""
+    with mock.patch.object(cluster.cache, "start_read") as start_read:
+        image.start_read(0, 1, lambda _: None)
+    asked_for: CachedImage = start_read.call_args.args[0]
+    return asked_for
+
+
 @in_trio
 async def test_readahead_that_is_queued_ends_with_the_last_close() -> None:
     backend = random_backend(64 * MIB)
@@ -104,10 +114,10 @@ async def test_readahead_that_is_queued_ends_with_the_last_close() -> None:
     other.cache, other.images = cluster.cache, cluster.images
     other.backend.hold = True
     busy, _ = await cluster.images.open("other", other.open_backend)
-    cluster.cache.prefetch(busy._state.cached, 0, 16 * MIB)
-    cluster.cache.prefetch(busy._state.cached, 16 * MIB, 16 * MIB)
+    cluster.cache.prefetch(cached(cluster, busy), 0, 16 * MIB)
+    cluster.cache.prefetch(cached(cluster, busy), 16 * MIB, 16 * MIB)
     image, _ = await cluster.images.open("key", cluster.open_backend)
-    cluster.cache.prefetch(image._state.cached, 0, 8 * MIB)
+    cluster.cache.prefetch(cached(cluster, image), 0, 8 * MIB)
     assert backend.aios == []
     await cluster.images.close(image)
     other.backend.release()
@@ -214,17 +224,15 @@ async def test_the_end_of_a_removed_image_is_an_error_and_no_end() -> None:
 
 @in_trio
 async def test_readahead_of_several_files_stays_within_a_third_of_the_cache() -> None:
-    cluster = Cluster(random_backend(64 * MIB))
-    cluster.backend.hold = True
-    files = [(await cluster.images.open(key, cluster.open_backend))[0] for key in "abcd"]
-    for image in files:
-        for stream in image._readahead._streams:
-            assert stream.ahead == 0
+    backend, cache, share = random_backend(64 * MIB), ObjectCache(64 * MIB, 64, 32 * MIB), ReadaheadShare(64 * MIB)
+    cached_image = CachedImage(backend, Layout(4 * MIB, 4 * MIB, 1), cache.throttle(None))
+    for key in "abcd":
+        OpenImage(OpenState(key, backend, cached_image), cache, share)
     limits = []
-    for image in files:
+    for readahead in share.files:
         for step in range(16):
-            image._readahead.on_read(step * MIB, MIB, image.size, image._share.limit)
-        limits.append(image._share.limit())
+            readahead.on_read(step * MIB, MIB, backend.size, share.limit)
+        limits.append(share.limit())
     assert limits == [64 * MIB // 3 // streams for streams in (1, 2, 3, 4)]
 
 

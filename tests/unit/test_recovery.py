@@ -27,6 +27,8 @@ class FakeConnection:
         self.works = works
         self.failures = failures
         """How many attempts fail."""
+        self.fault: Exception | None = None
+        """What an attempt raises that nobody expects."""
         self.seconds = 0.0
         """How long an attempt takes."""
         self.probes: list[float] = []
@@ -46,6 +48,8 @@ class FakeConnection:
         """Put a new one in its place."""
         self.attempts.append(trio.current_time())
         await trio.sleep(self.seconds)
+        if self.fault is not None:
+            raise self.fault
         if len(self.attempts) <= self.failures:
             raise RbdfsError("the monitors refuse client.backup", errno.ENOTCONN)
         lifetime, self.lifetime = self.lifetime, Lifetime(self.recovery)
@@ -304,14 +308,10 @@ async def test_a_connection_is_unused_when_it_is_over_and_all_have_let_go_of_it(
 @with_a_clock_and_log
 async def test_no_exception_of_an_attempt_ends_the_mount(caplog: pytest.LogCaptureFixture) -> None:
     cluster = FakeConnection()
-
-    async def fail() -> None:
-        raise ZeroDivisionError("nobody expects this")
-
-    cluster.recovery._reconnect = fail
+    cluster.fault = ZeroDivisionError("nobody expects this")
     assert not await cluster.lifetime.is_over_after(errno.ESHUTDOWN)
     assert "ZeroDivisionError" in caplog.text
-    cluster.recovery._reconnect = cluster.connect
+    cluster.fault = None
     assert await cluster.lifetime.is_over_after(errno.ESHUTDOWN)
 
 

@@ -1,58 +1,25 @@
 """What a read in doubt waits for while others write, shrink or remove: with a fake header, and a clock that jumps."""
 
 import errno
-from collections.abc import Callable, Sequence
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, TypeVar, TypeVarTuple, cast
 
 import pytest
 import rbd
 import trio
 
 from rbdfs.catalog import ImageRef, Namespace, Pool
-from rbdfs.ceph.bindings.aio import LibrbdImage, Portal
-from rbdfs.ceph.bindings.librbd import ImageInfo
 from rbdfs.ceph.image.ceph_image import REVALIDATE_SECONDS, CephImage
-from rbdfs.ceph.image.handle_cache import HandleCache, Opened
-from rbdfs.ceph.image.image_state import HeaderClient, ImageState, Layer, Locker
-from rbdfs.ceph.image.revalidate import CHECK_AGAIN_SECONDS, NEW_WRITER_SECONDS, Checked, Revalidator
-from rbdfs.ceph.metadata.header import Header, Parent
+from rbdfs.ceph.image.image_state import Locker
+from rbdfs.ceph.image.revalidate import CHECK_AGAIN_SECONDS, NEW_WRITER_SECONDS, Revalidator
+from rbdfs.ceph.metadata.header import Parent
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
-from rbdfs.spec import ImageSpec
-from tests.fake_recovery import lifetime
+from tests.fake_image import NOBODY, ROUND_TRIP, SIZE, FakeHeader, Site
 from tests.in_trio import read, with_a_clock
 
-SIZE = 1 << 20
-ROUND_TRIP = 0.01
 AT_MOST = CHECK_AGAIN_SECONDS + 2 * ROUND_TRIP
 """Seconds, from what others do until a check that is asked again and again has seen it."""
 VM, OTHER = Locker(4711, "auto 1"), Locker(4712, "auto 2")
-NOBODY: frozenset[Locker] = frozenset()
-
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 Result = int | RbdfsError
-
-
-class FakeHeader:
-    """Answers a round trip later, with what the image was when it was asked."""
-
-    def __init__(self, *writers: Locker) -> None:
-        self.size = SIZE
-        self.writers = frozenset(writers)
-        self.error: Exception | None = None
-        self.parent: Parent | None = None
-        self.asked: list[float] = []
-
-    async def check(self) -> Checked:
-        """As `CephImage` asks."""
-        self.asked.append(trio.current_time())
-        found, error = Checked(self.size, self.writers), self.error
-        await trio.sleep(ROUND_TRIP)
-        if error is not None:
-            raise error
-        return found
 
 
 class Revalidated:
@@ -344,94 +311,6 @@ async def test_who_gives_up_waiting_leaves_the_others_their_answer() -> None:
 
 
 # What an open image makes of it
-
-
-class FakeHandle:
-    """Reads its bytes at trio's next turn, or when the test says so."""
-
-    lane = None
-
-    def __init__(self, site: "Site") -> None:
-        self.lifetime = lifetime()
-        self.uses = 0
-        self._site = site
-        self._content = site.content
-
-    def start_read(self, offset: int, length: int, callback: Callable[[int, bytes], None]) -> None:
-        """See `LibrbdImage.start_read`."""
-        trio.lowlevel.current_trio_token().run_sync_soon(callback, length, self._content[offset : offset + length])
-
-    def watchers(self) -> frozenset[int]:
-        """See `LibrbdImage.watchers`."""
-        return frozenset(writer.client for writer in self._site.header.writers)
-
-    def hold(self) -> None:
-        """See `LibrbdImage.hold`."""
-        self.uses += 1
-
-    def release(self) -> None:
-        """See `LibrbdImage.release`."""
-        self.uses -= 1
-
-
-class InlinePortal(Portal):
-    """What blocks does not, here."""
-
-    async def run_holding(self, _: Any, function: Callable[[*Ts], T], *args: *Ts, **__: Any) -> T:  # type: ignore[override]
-        """See `Portal.run_holding`."""
-        await trio.lowlevel.checkpoint()
-        return function(*args)
-
-
-class Site:
-    """One image of a cluster that has only its header, for a key that may not watch it."""
-
-    client_ids: frozenset[int] = frozenset()
-
-    def __init__(self, content: bytes, features: int = rbd.RBD_FEATURE_EXCLUSIVE_LOCK, *, is_snapshot: bool = False):
-        self.content = content
-        self.header = FakeHeader()
-        self.handles: list[FakeHandle] = []
-        self._features = features
-        self._ref = ImageRef(Namespace(Pool(1, "rbd")), "abc", 1 if is_snapshot else None)
-        self.background = SimpleNamespace(start=lambda _: None)
-
-    async def opened(self) -> CephImage:
-        """As by an open(), which takes no time of the clock."""
-        as_any = cast(Any, self)
-        image = await CephImage.open(
-            ImageSpec("rbd", "vm1"),
-            self._ref,
-            cast(HeaderClient, as_any),
-            InlinePortal(),
-            cast(HandleCache, as_any),
-            as_any,
-        )
-        self.header.asked.clear()
-        return image
-
-    def ioctx_of(self, _: Namespace) -> None:
-        """See `HeaderClient.ioctx_of`."""
-        raise RbdfsError("may not watch", errno.EPERM)
-
-    async def state(self, _spec: ImageSpec, image: ImageRef, _ancestors: Sequence[ImageRef]) -> ImageState:
-        """See `HeaderClient.state`."""
-        parent, lockers = self.header.parent, self.header.writers
-        found = await self.header.check()
-        header = Header(found.size, 1 << 16, self._features, parent=parent)
-        own = Layer(image, header, 1, lockers, 0)
-        if parent is None:
-            return ImageState((own,))
-        return ImageState((own, Layer(parent.image, Header(SIZE, 1 << 16, 0), 1, NOBODY, 0)))
-
-    def take(self, _: ImageRef) -> None:
-        """See `HandleCache.take`."""
-
-    async def open(self, _: ImageRef, state: ImageState, _kept: Opened | None = None) -> Opened:
-        """See `HandleCache.open`."""
-        self.handles.append(FakeHandle(self))
-        info = ImageInfo(state.size, 16, 1 << 16, 1, self._features, 0, "rbd_data.abc")
-        return Opened(cast(LibrbdImage, self.handles[-1]), info, state)
 
 
 PARENT = Parent(ImageRef(Namespace(Pool(1, "rbd")), "parent", 1), SIZE)

@@ -119,7 +119,7 @@ def test_memory_and_lines_are_bounded_and_every_trouble_ends(events: list[tuple[
             troubles.work(inode, "read", now)
         else:
             begun += troubles.fail(kind, inode, "read", f"{inode}", now) is not None
-        assert len(troubles._open) <= 2 * (FILES_MAX + 1)
+        assert begun - ended <= 2 * (FILES_MAX + 1)
         ended += sum(line.level == NOTICE for line in troubles.due(now))
         assert troubles.are_open == bool(troubles.summary())
     long_after = now + SILENT_SECONDS + 5.0 + 1.0  # which is more than a rounding error

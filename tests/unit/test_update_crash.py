@@ -178,7 +178,7 @@ class CrashedFile:
         self._label = os.getxattr(path, label.ATTRIBUTE) if label.ATTRIBUTE in os.listxattr(path) else None
         beside = label.path_beside(path)
         self._beside = beside.read_bytes() if beside.exists() else None
-        self._mtime_ns = path.stat().st_mtime_ns
+        self.mtime_ns = path.stat().st_mtime_ns
 
     def after(self, ops: Sequence[Op]) -> None:
         """Make it what it was, and do these to it."""
@@ -239,10 +239,10 @@ def test_whatever_a_power_cut_leaves_is_known_for_what_it_is_and_an_update_goes_
         crashed.after(left)
         # The last label has the time of the last write, the first one that of before.
         is_ended = any(op.name in ("label", "beside") for op in left[begun:])
-        os.utime(path, ns=(0, mtime_ns if is_ended else crashed._mtime_ns))
+        os.utime(path, ns=(0, mtime_ns if is_ended else crashed.mtime_ns))
         target = UpdatedFile(path)
         said = target.read_label()
-        target._close()
+        assert target.abandon() == f"{path} is as it was"
         assert said is not None
         whole = said.whole
         seen.add(None if whole is None else whole.snapshot)

@@ -38,8 +38,9 @@ class Reader:
     """
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
+        self.data = data
+        self.position = 0
+        """Of the next value."""
         self._end = len(data)
 
     def u8(self) -> int:
@@ -61,7 +62,7 @@ class Reader:
     def raw(self, length: int) -> bytes:
         """The next `length` bytes."""
         start = self._take(length)
-        return self._data[start : start + length]
+        return self.data[start : start + length]
 
     def bytes(self) -> bytes:
         """32 bits of length, then the bytes."""
@@ -85,19 +86,19 @@ class Reader:
         version, readable_as, length = self.u8(), self.u8(), self.u32()
         if readable_as > known:
             raise MalformedError(f"it needs a reader of version {readable_as}, and this one knows {known}")
-        inside = Reader(self._data)
-        inside._position = self._take(length)
-        inside._end = self._position
+        inside = Reader(self.data)
+        inside.position = self._take(length)
+        inside._end = self.position
         return version, inside
 
     def _integer(self, layout: str, size: int) -> int:
-        (value,) = struct.unpack_from(layout, self._data, self._take(size))
+        (value,) = struct.unpack_from(layout, self.data, self._take(size))
         return int(value)
 
     def _take(self, length: int) -> int:
         """Move past `length` bytes; returns where they start."""
-        start = self._position
+        start = self.position
         if length > self._end - start:
             raise MalformedError(f"{length} bytes announced, {self._end - start} there")
-        self._position = start + length
+        self.position = start + length
         return start
