@@ -1,6 +1,7 @@
 """What Ceph reads from the folder: the text of ceph.conf and of the keyring."""
 
 import base64
+import dataclasses
 import os
 import re
 import struct
@@ -26,14 +27,10 @@ keyring = {folder}/keyring
 run dir = {run_dir}
 crash dir = {folder}/crash
 public addr = 127.0.0.1
-cluster addr = 127.0.0.1
-ms bind ipv6 = false
 ms bind msgr1 = false
 auth allow insecure global id reclaim = false
 osd crush chooseleaf type = 0
 osd pool default size = {pool_size}
-# Ceph's default: more than half of the copies.
-osd pool default min size = 0
 osd pool default erasure code profile = plugin=jerasure technique=reed_sol_van k=2 m=1 crush-failure-domain=osd
 osd pool default pg autoscale mode = off
 osd scrub min interval = 31536000
@@ -44,7 +41,6 @@ osd pool default read lease ratio = 0.1
 [mon]
 mon data = {folder}/mon
 log file = {folder}/log/$name.log
-err to stderr = false
 mon cluster log file = {folder}/log/cluster.log
 mon allow pool delete = true
 mon allow pool size one = true
@@ -62,13 +58,11 @@ mgr initial modules =
 [mgr]
 mgr data = {folder}/mgr
 log file = {folder}/log/$name.log
-err to stderr = false
 # Each module that is merely loaded costs 0.2 s of CPU and 9 MiB.
 mgr disabled modules = {idle_modules}
 [osd]
 osd data = {folder}/osd$id
 log file = {folder}/log/$name.log
-err to stderr = false
 osd objectstore = {store}
 bluestore block size = {block_bytes}
 memstore device bytes = {block_bytes}
@@ -82,11 +76,11 @@ IDLE_MODULES = (
     "telegraf test_orchestrator zabbix"
 )
 CAPS = {
-    "mon.": {"mon": "allow *"},
-    "client.admin": {"mon": "allow *", "mgr": "allow *", "osd": "allow *", "mds": "allow *"},
-    "mgr.x": {"mon": "allow profile mgr", "osd": "allow *", "mds": "allow *"},
+    "mon": 'mon = "allow *"',
+    "client": 'mon = "allow *"|mgr = "allow *"|osd = "allow *"|mds = "allow *"',
+    "mgr": 'mon = "allow profile mgr"|osd = "allow *"|mds = "allow *"',
+    "osd": 'mon = "allow profile osd"|mgr = "allow profile osd"|osd = "allow *"',
 }
-OSD_CAPS = {"mon": "allow profile osd", "mgr": "allow profile osd", "osd": "allow *"}
 
 
 def mon_address(state: State) -> str:
@@ -98,21 +92,18 @@ def conf_text(folder: Path, state: State) -> str:
     """The ceph.conf of daemons and clients alike."""
     return CONF.format(
         folder=folder,
-        fsid=state.fsid,
         mon_address=mon_address(state),
-        run_dir=state.run_dir,
         pool_size=SHARDS if state.osds >= SHARDS else 1,
-        store=state.store,
-        block_bytes=state.block_bytes,
         idle_modules=IDLE_MODULES,
+        **dataclasses.asdict(state),
     )
 
 
-def keyring_text(osds: int) -> str:
+def keyring_text(state: State) -> str:
     """New keys for all, as ceph-authtool writes them: type 1 (AES), time of creation, length, 16 random bytes."""
-    sections = []
-    for entity, caps in (CAPS | {f"osd.{i}": OSD_CAPS for i in range(osds)}).items():
+    text = ""
+    for entity in ("mon.", "client.admin", *state.daemons[1:]):
         key = struct.pack("<HIIH", 1, int(time.time()), 0, 16) + os.urandom(16)
-        lines = [f'\tcaps {service} = "{cap}"' for service, cap in caps.items()]
-        sections.append("\n".join([f"[{entity}]", f"\tkey = {base64.b64encode(key).decode()}", *lines]))
-    return "\n".join(sections) + "\n"
+        text += f"[{entity}]\n\tkey = {base64.b64encode(key).decode()}\n"
+        text += "".join(f"\tcaps {cap}\n" for cap in CAPS[entity.partition(".")[0]].split("|"))
+    return text

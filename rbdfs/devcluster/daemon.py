@@ -1,22 +1,25 @@
-"""One daemon: starting it, waiting until it is ready, and why it is not."""
+"""One daemon: starting it, waiting until it is ready, why it is not, and stopping it and no other process."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import select
 import signal
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rbdfs.devcluster.process import Process
 from rbdfs.devcluster.programs import START_SECONDS, environment
-from rbdfs.devcluster.signals import SIGNALS
+from rbdfs.devcluster.signals import SIGNALS, signals_blocked
 from rbdfs.errors import RbdfsError
 
 POLL_SECONDS = 0.02
+STOP_SECONDS = 5.0  # after SIGTERM; then SIGKILL
 # An error in a daemon's log. What a crash adds after its reason says less, and what we asked too early says nothing.
 ERROR_LINE = re.compile(r"^\S+ +[0-9a-f]+ +-1 +((?!\*\*\* Caught|\S+ In function|asok\().*\S)")
 
@@ -31,44 +34,59 @@ class Daemon:
 
     name: str
     """As Ceph writes it: `osd.0`."""
-    conf: Path
-    log: Path
-    admin_socket: str
+    folder: Path
+    run_dir: Path
 
-    def spawn(self) -> Process:
-        """Start it. To be called, and the answer recorded, with signals blocked.
+    @property
+    def log(self) -> Path:
+        """Its log, with what it says before it has one."""
+        return self.folder / "log" / f"{self.name}.log"
 
-        Not a Popen: that wants to be waited for by the one who made it. `env` only changes the folder and becomes the
-        daemon, whose pid and start time it has.
+    def start(self) -> None:
+        """It goes into the background by itself, in a session of its own that a terminal's Ctrl-C does not reach.
+
+        Signals wait for that: a daemon that ends at once is none that nobody stops.
         """
         kind, _, ident = self.name.partition(".")
-        command = ["env", "--chdir=/", f"ceph-{kind}", "-f", "--conf", str(self.conf), "--id", ident]
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        pid = os.posix_spawnp(
-            command[0],
-            command,
-            environment(),
-            setsid=True,
-            setsigmask=(),
-            setsigdef=(*SIGNALS, signal.SIGPIPE),
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, str(self.log), flags, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-        )
-        return Process.of(pid)
+        command = [f"ceph-{kind}", "--conf", str(self.folder / "ceph.conf"), "--id", ident]
+        with signals_blocked():
+            launcher = os.posix_spawnp(
+                command[0],
+                command,
+                environment(),
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(*SIGNALS, signal.SIGPIPE),
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, str(self.log), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600),
+                    (os.POSIX_SPAWN_DUP2, 1, 2),
+                ],
+            )
+            if os.waitpid(launcher, 0)[1]:
+                raise self.error("ended")
 
-    def wait_until_ready(self, process: Process) -> None:
+    def wait_until_ready(self) -> None:
         """Asked at its admin socket: no other cluster's mon can be mistaken for ours there."""
         question, answer = ("mon_status", "leader") if self.name == "mon.a" else ("status", "active")
         deadline = time.monotonic() + START_SECONDS
-        while _ask(self.admin_socket, question) != answer:
-            if not process.alive(self.conf):
+        while self._ask(question) != answer:
+            if self.name not in running(self.folder):
                 raise self.error("ended")
             if time.monotonic() > deadline:
                 raise self.error(f"was not ready in {START_SECONDS:.0f} s")
             time.sleep(POLL_SECONDS)
+
+    def _ask(self, question: str) -> str:
+        """The `state` that it reports; empty as long as it does not answer."""
+        with socket.socket(socket.AF_UNIX) as admin, contextlib.suppress(OSError, ValueError, struct.error):
+            admin.settimeout(START_SECONDS)
+            admin.connect(str(self.run_dir / f"ceph-{self.name}.asok"))
+            admin.sendall(json.dumps({"prefix": question}).encode() + b"\0")
+            with admin.makefile("rb") as answer:
+                (length,) = struct.unpack(">I", answer.read(4))
+                return str(json.loads(answer.read(length)).get("state", ""))
+        return ""
 
     def error(self, what: str) -> DaemonError:
         """What happened to it, with the reason from its log."""
@@ -78,13 +96,36 @@ class Daemon:
         return DaemonError(f"{self.name} {what}: {said}; see {self.log}")
 
 
-def _ask(socket_path: str, question: str) -> str:
-    """The `state` that a daemon reports at its admin socket; empty as long as it does not answer."""
-    with socket.socket(socket.AF_UNIX) as admin, contextlib.suppress(OSError, ValueError, struct.error):
-        admin.settimeout(START_SECONDS)
-        admin.connect(socket_path)
-        admin.sendall(json.dumps({"prefix": question}).encode() + b"\0")
-        with admin.makefile("rb") as answer:
-            (length,) = struct.unpack(">I", answer.read(4))
-            return str(json.loads(answer.read(length)).get("state", ""))
-    return ""
+def running(folder: Path) -> dict[str, int]:
+    """The pids of a folder's daemons by name. Nobody else has their command line; a mgr may change its pid."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            program, *arguments = os.fsdecode((process / "cmdline").read_bytes()).split("\0")[:-1] or [""]
+            if (
+                arguments[:-1] == ["--conf", str(folder / "ceph.conf"), "--id"]
+                and process.stat().st_uid == os.geteuid()
+            ):
+                found[f"{program.removeprefix('ceph-')}.{arguments[-1]}"] = int(process.name)
+    return found
+
+
+def stop(folder: Path, names: Sequence[str], first: signal.Signals) -> None:
+    """Signal these daemons and wait until they are gone. By pidfd: a pid might change hands meanwhile."""
+    for signum in (first, signal.SIGKILL, signal.SIGKILL):
+        with contextlib.ExitStack() as stack:
+            poll, left = select.poll(), 0
+            for pid in [pid for name, pid in running(folder).items() if name in names]:
+                with contextlib.suppress(ProcessLookupError):
+                    descriptor = os.pidfd_open(pid)
+                    stack.callback(os.close, descriptor)
+                    signal.pidfd_send_signal(descriptor, signum)
+                    poll.register(descriptor, select.POLLIN)
+                    left += 1
+            deadline = time.monotonic() + STOP_SECONDS
+            while left and (ended := poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+                for descriptor, _ in ended:
+                    poll.unregister(descriptor)
+                    left -= 1
+    if left:
+        raise RbdfsError(f"{folder}: {left} daemons did not end in {3 * STOP_SECONDS:.0f} s", errno.EBUSY)

@@ -5,12 +5,11 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rbdfs.devcluster.process import Process
 from rbdfs.errors import UsageError
 
 STATE_FILE = "devcluster.json"
@@ -29,9 +28,9 @@ class State:
     store: Store
     block_bytes: int
     run_dir: str
+    """Of sockets."""
     ready: bool = False
     """False until the first start succeeded: what is there is then of no use to anyone."""
-    processes: Mapping[str, Process] = dataclasses.field(default_factory=dict)
 
     @property
     def daemons(self) -> list[str]:
@@ -64,22 +63,18 @@ def locked(folder: Path) -> Iterator[None]:
 def load(folder: Path) -> State | None:
     """None if there is no cluster. UsageError if the folder holds something else."""
     try:
-        raw = json.loads((folder / STATE_FILE).read_text())
-        processes = {name: Process(*pair) for name, pair in raw.pop("processes").items()}
-        return State(**raw, processes=processes)
+        return State(**json.loads((folder / STATE_FILE).read_text()))
     except FileNotFoundError:
         if any(folder.glob("*")):  # none either if another's `down` was faster
             raise UsageError(f"{folder}: not empty, and not a devcluster; choose another folder") from None
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{folder / STATE_FILE}: cannot be read: {error}") from None
 
 
 def save(folder: Path, state: State) -> State:
     """Replaces the record as a whole; the same state, for the caller to go on with."""
-    raw = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    raw["processes"] = {name: (it.pid, it.started) for name, it in state.processes.items()}
     new = folder / NEW_STATE_FILE
-    new.write_text(json.dumps(raw, indent=1))
+    new.write_text(json.dumps(dataclasses.asdict(state), indent=1))
     new.replace(folder / STATE_FILE)
     return state

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from rbdfs.commands import devcluster
-from rbdfs.devcluster import ports
-from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
-from rbdfs.devcluster.process import Process
+from rbdfs.devcluster import cluster as devcluster_module
+from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions, free_port
 from rbdfs.errors import RbdfsError, UsageError
 from tests.cluster import CHECKOUT
 
@@ -60,13 +59,11 @@ def script(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def claim(folder: Path, pid: int, started: int) -> Devcluster:
-    """A folder that records this process as its mon."""
+def claim(folder: Path) -> Devcluster:
+    """A folder that says that it has a cluster."""
     folder.mkdir()
     state = {"fsid": "", "port": 0, "osds": 1, "store": "bluestore", "block_bytes": 0, "run_dir": str(folder / "run")}
-    (folder / "devcluster.json").write_text(
-        json.dumps({**state, "ready": True, "processes": {"mon.a": [pid, started]}})
-    )
+    (folder / "devcluster.json").write_text(json.dumps({**state, "ready": True}))
     return Devcluster(DevclusterOptions(folder))
 
 
@@ -144,8 +141,8 @@ def test_a_mon_whose_port_was_taken_meanwhile_gets_another(
     first = Devcluster(DevclusterOptions(folder, store="memstore"))
     first.up()
     taken = json.loads((folder / "devcluster.json").read_text())["port"]
-    offered = iter([taken, ports.free_port()])
-    monkeypatch.setattr(ports, "free_port", lambda: next(offered))
+    offered = iter([taken, free_port()])
+    monkeypatch.setattr(devcluster_module, "free_port", lambda: next(offered))
     second = Devcluster(DevclusterOptions(tmp_path / "second", store="memstore"))
     try:
         second.up()
@@ -224,18 +221,19 @@ def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(tmp_path: Pa
 
 
 def test_down_stops_its_own_processes_only(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "60"]) as stranger:
+    cluster = claim(tmp_path / "cluster")
+    with subprocess.Popen(["tail", "-f", "/dev/null", "--", "--conf", cluster.conf, "--id", "a"]) as stranger:
         try:
-            started = Process.of(stranger.pid).started
-            assert claim(tmp_path / "same-pid-and-time", stranger.pid, started).down()
-            assert claim(tmp_path / "same-pid", stranger.pid, started - 1).down()
+            until(lambda: daemons_of(cluster.folder) == [stranger.pid])
+            assert set(cluster.status().pids.values()) == {None}
+            assert cluster.down()
             assert stranger.poll() is None
         finally:
             stranger.kill()
 
 
 def test_down_keeps_what_others_put_into_the_folder(tmp_path: Path) -> None:
-    cluster = claim(tmp_path / "cluster", 1, 1)
+    cluster = claim(tmp_path / "cluster")
     (cluster.folder / "notes.txt").write_text("mine")
     assert cluster.down()
     assert [path.name for path in cluster.folder.iterdir()] == ["notes.txt"]

@@ -75,7 +75,7 @@ class StubLibrbd:
         self._lengths: dict[int, int] = {}  # by completion
         self._in_flight: list[int] = []
         self._complete: list[int] = []
-        numbers = {"stripe_unit": OBJECT_BYTES, "stripe_count": 1}
+        numbers = {"stripe_unit": OBJECT_BYTES, "stripe_count": 1, "features": 0, "flags": 0}
         functions: dict[str, Callable[..., int]] = {f"get_{name}": partial(put, numbers[name]) for name in numbers}
         functions |= {name: getattr(self, name) for name in vars(StubLibrbd) if name.startswith(("aio", "set", "poll"))}
         functions |= {"open_by_id_read_only": self.open, "stat": self.stat, "close": lambda *_: 0}
@@ -139,7 +139,7 @@ def put(value: int, _handle: object, place: Any) -> int:
 
 def pointed_at(place: Any) -> Any:
     """What ctypes's byref() was given."""
-    return place._obj
+    return place._obj  # noqa: SLF001
 
 
 class StubOperations:
@@ -199,7 +199,7 @@ def costed() -> Iterator[Cost]:
         nonlocal is_under_way
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(PACKAGE):
-            is_under_way |= code is Device._receive.__code__
+            is_under_way |= code is Device._receive.__code__  # noqa: SLF001  (where trio comes in)
             if is_under_way:
                 cost.calls.append(code.co_qualname)
                 if code.co_flags & inspect.CO_COROUTINE:

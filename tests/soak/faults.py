@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rbdfs.devcluster.state import load
 from tests.cluster import Ceph
 from tests.soak.ledger import Ledger
 from tests.soak.probe import Probe
@@ -144,9 +143,9 @@ class Faults:
                     self._ceph.devcluster.start_daemon(daemon)
 
     def _signal(self, daemon: str, signum: signal.Signals) -> None:
-        state = load(self._ceph.devcluster.folder)
-        assert state is not None
-        os.kill(state.processes[daemon].pid, signum)
+        pid = self._ceph.devcluster.status().pids[daemon]
+        assert pid is not None
+        os.kill(pid, signum)
 
     def _wait_until_well(self) -> None:
         deadline = time.monotonic() + WELL_SECONDS

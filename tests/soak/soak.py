@@ -207,10 +207,11 @@ class Soak:
         if not self.site.mount.is_running:
             self.ledger.fail("the mount has died")
         elif hung:
+            frames = sys._current_frames()  # noqa: SLF001  (Python's own)
             stacks = "".join(
                 f"\n{thread.name}:\n{''.join(traceback.format_stack(frame))}"
                 for thread in threading.enumerate()
-                if thread.ident and thread.name in hung and (frame := sys._current_frames().get(thread.ident))
+                if thread.ident and thread.name in hung and (frame := frames.get(thread.ident))
             )
             self.ledger.fail(
                 f"rounds hang (seconds): {hung}; the mount's threads wait in {self.site.mount.waits}{stacks}"
