@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from rbdfs.catalog import Namespace
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.ceph.image.ceph_image import CephImage
+from rbdfs.commands.status_channel import name_of, peer_of
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from rbdfs.devcluster.state import Store
+from rbdfs.fuse.mounting import mounted_on
 from rbdfs.spec import ImageSpec
 
 READ_ONLY_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only")
@@ -200,6 +203,15 @@ def rbdfs(*arguments: str, conf: Path | None = None, module: str = "rbdfs") -> s
     )
 
 
+def server_of(mountpoint: Path) -> int:
+    """The process that answers `rbdfs status` of a mount."""
+    mounted = mounted_on(mountpoint)
+    assert mounted is not None
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(name_of(mounted.device_number))
+        return peer_of(connection)[0]
+
+
 class Mount:
     """A mount in a process of its own, as a user starts it."""
 
@@ -213,11 +225,17 @@ class Mount:
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        self.pid = int(self.log_file.read_text().split("rbdfs[", 1)[1].split("]", 1)[0])
+        self.pid = server_of(self.path)
 
     def image(self, name: str, pool: str = "rbd") -> Path:
         """The file of an image."""
         return self.path / pool / name
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What `rbdfs status --json` says of it."""
+        [found] = json.loads(rbdfs("status", "--json", str(self.path)).stdout)
+        return dict(found)
 
     @property
     def log(self) -> str:
