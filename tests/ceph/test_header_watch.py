@@ -12,7 +12,7 @@ from rbdfs.ceph.image.header_watch import RENEW_SECONDS, HeaderWatch
 from rbdfs.errors import RbdfsError
 from rbdfs.spec import ImageSpec
 from tests.cluster import Ceph, Mount, wait_until
-from tests.in_trio import in_trio
+from tests.in_trio import with_a_clock
 from tests.mount.test_changes import WATCHING_CAPS, locked_out
 
 Mounts = Callable[..., Mount]
@@ -69,7 +69,7 @@ def shut_down() -> RbdfsError:
     return RbdfsError("shut down", errno.ESHUTDOWN)
 
 
-@in_trio
+@with_a_clock
 async def test_a_watch_that_is_lost_is_asked_for_at_once_and_then_every_second_until_it_is_back() -> None:
     header = FakeHeader()
     watch = await begin(header)
@@ -85,7 +85,7 @@ async def test_a_watch_that_is_lost_is_asked_for_at_once_and_then_every_second_u
     await watch.aclose()
 
 
-@in_trio
+@with_a_clock
 async def test_a_watch_that_is_lost_again_and_again_is_not_asked_for_without_a_pause() -> None:
     header = FakeHeader()
     watch = await begin(header)
@@ -98,7 +98,7 @@ async def test_a_watch_that_is_lost_again_and_again_is_not_asked_for_without_a_p
     await watch.aclose()
 
 
-@in_trio
+@with_a_clock
 async def test_what_the_key_may_not_watch_is_asked_for_once() -> None:
     header = FakeHeader(RbdfsError("not permitted", errno.EPERM))
     watch = await begin(header)
@@ -108,7 +108,7 @@ async def test_what_the_key_may_not_watch_is_asked_for_once() -> None:
     await watch.aclose()
 
 
-@in_trio
+@with_a_clock
 async def test_after_the_connection_was_replaced_the_key_is_asked_once_more_whether_it_may() -> None:
     header = FakeHeader(RbdfsError("not permitted", errno.EPERM), RbdfsError("not permitted", errno.EPERM))
     watch = await begin(header)
@@ -120,7 +120,7 @@ async def test_after_the_connection_was_replaced_the_key_is_asked_once_more_whet
     await watch.aclose()
 
 
-@in_trio
+@with_a_clock
 async def test_a_watch_by_a_connection_that_was_replaced_is_given_back_but_not_waited_for() -> None:
     header = FakeHeader()
     watch = await begin(header)
@@ -132,7 +132,7 @@ async def test_a_watch_by_a_connection_that_was_replaced_is_given_back_but_not_w
         await watch.aclose()
 
 
-@in_trio
+@with_a_clock
 async def test_a_close_ends_the_asking_at_once() -> None:
     header = FakeHeader(*(shut_down() for _ in range(100)))
     watch = await begin(header)
@@ -143,7 +143,7 @@ async def test_a_close_ends_the_asking_at_once() -> None:
     assert len(header.asked) == 2
 
 
-@in_trio
+@with_a_clock
 async def test_no_exception_ends_the_loop_for_everyone(caplog: pytest.LogCaptureFixture) -> None:
     header = FakeHeader()
     watch = await begin(header)
