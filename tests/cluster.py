@@ -21,10 +21,10 @@ from rbdfs.catalog import Namespace
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connection.connect import ClusterOptions
 from rbdfs.ceph.image.ceph_image import CephImage
-from rbdfs.commands.status_channel import name_of, peer_of
+from rbdfs.commands.status_socket import name_of, peer_of
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions
 from rbdfs.devcluster.state import Store
-from rbdfs.fuse.mounting import mounted_on
+from rbdfs.fuse.mountinfo import mounted_on
 from rbdfs.spec import ImageSpec
 
 READ_ONLY_CAPS = ("mon", "profile rbd", "osd", "profile rbd-read-only")

@@ -137,5 +137,5 @@ class Site:
     async def open(self, _: ImageRef, state: ImageState, _kept: Opened | None = None) -> Opened:
         """See `HandleCache.open`."""
         self.handles.append(FakeHandle(self))
-        info = ImageInfo(state.size, 16, 1 << 16, 1, self._features, 0, "rbd_data.abc")
+        info = ImageInfo(state.size, 1 << 16, 1 << 16, 1)
         return Opened(cast(LibrbdImage, self.handles[-1]), info, state)

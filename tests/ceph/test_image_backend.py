@@ -230,17 +230,17 @@ def counts(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> AbstractAsyncContextM
 
             async def close_counted() -> None:
                 await close()
-                counts.closes += 1
+                found.closes += 1
 
             monkeypatch.setattr(handle, "aclose", close_counted)
-            counts.opens += 1
+            found.opens += 1
             return handle
 
         monkeypatch.setattr(rbdfs.ceph.cluster, "LibrbdImage", open_counted)
         async with connected(ceph) as cluster:
-            counts = Counted(cluster, Namespace(await cluster.pool("rbd")))
-            yield counts
-        assert counts.closes == counts.opens
+            found = Counted(cluster, Namespace(await cluster.pool("rbd")))
+            yield found
+        assert found.closes == found.opens
 
     return counted()
 

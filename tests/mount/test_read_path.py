@@ -75,7 +75,7 @@ class StubLibrbd:
         self._lengths: dict[int, int] = {}  # by completion
         self._in_flight: list[int] = []
         self._complete: list[int] = []
-        numbers = {"stripe_unit": OBJECT_BYTES, "stripe_count": 1, "features": 0, "flags": 0}
+        numbers = {"stripe_unit": OBJECT_BYTES, "stripe_count": 1}
         functions: dict[str, Callable[..., int]] = {f"get_{name}": partial(put, numbers[name]) for name in numbers}
         functions |= {name: getattr(self, name) for name in vars(StubLibrbd) if name.startswith(("aio", "set", "poll"))}
         functions |= {"open_by_id_read_only": self.open, "stat": self.stat, "close": lambda *_: 0}

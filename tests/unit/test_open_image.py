@@ -10,7 +10,8 @@ import trio.testing
 
 from rbdfs.errors import ReadError, StaleError
 from rbdfs.image import open_images
-from rbdfs.image.cache import CachedImage, ObjectCache
+from rbdfs.image.cache import ObjectCache
+from rbdfs.image.cached_image import CachedImage
 from rbdfs.image.holes import Kind
 from rbdfs.image.open_image import OpenImage, OpenState, ReadaheadShare
 from rbdfs.image.open_images import OpenImages
