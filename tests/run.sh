@@ -49,14 +49,14 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-newest=(.venv-newest/bin/python -m pytest -o cache_dir=.pytest_cache/newest "$@")
+newest=(.venv-newest/bin/python -X faulthandler -m pytest -o cache_dir=.pytest_cache/newest "$@")
 "${interruptible[@]}" "${alone[@]}" "${newest[@]}" >"$said" 2>&1 &
 aside=$!
 
 check .venv-newest/bin/python -m ruff format --check
 check .venv-newest/bin/python -m ruff check
 check .venv-newest/bin/python -m mypy # there, because only the newest pyfuse3 and trio have types
-check .venv-debian/bin/python -m pytest "$@"
+check .venv-debian/bin/python -X faulthandler -m pytest "$@"
 
 show "${newest[@]}"
 wait "$aside" || failed+=("${newest[*]}")
