@@ -10,7 +10,7 @@ import trio
 from rbdfs.catalog import ImageRef, Namespace, Pool
 from rbdfs.ceph.image.ceph_image import REVALIDATE_SECONDS, CephImage
 from rbdfs.ceph.image.image_state import Locker
-from rbdfs.ceph.image.revalidate import CHECK_AGAIN_SECONDS, NEW_WRITER_SECONDS, Revalidator
+from rbdfs.ceph.image.revalidate import CHECK_AGAIN_SECONDS, NEW_WRITER_SECONDS, Checked, Revalidator
 from rbdfs.ceph.metadata.header import Parent
 from rbdfs.errors import BeyondEndError, RbdfsError, ReadError, StaleError
 from tests.fake_image import NOBODY, ROUND_TRIP, SIZE, FakeHeader, Site
@@ -111,6 +111,21 @@ async def test_who_began_to_write_after_our_open_is_waited_for_once() -> None:
     header.writers = frozenset([VM, OTHER])
     assert NEW_WRITER_SECONDS < await revalidated.seconds_of_one() <= NEW_WRITER_SECONDS + 2 * AT_MOST
     assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
+
+
+@with_a_clock
+async def test_a_writer_that_began_during_a_slow_question_is_waited_for_from_its_answer_on() -> None:
+    round_trips = iter([2 * NEW_WRITER_SECONDS])
+
+    async def check() -> Checked:
+        """The first answer is slow, and tells of a client that has begun to write just before it."""
+        await trio.sleep(next(round_trips, ROUND_TRIP))
+        return Checked(SIZE, frozenset([VM]))
+
+    began = trio.current_time()
+    assert await Revalidator(check, NOBODY, lambda: None).stable_size() == SIZE
+    waited = trio.current_time() - began
+    assert 3 * NEW_WRITER_SECONDS < waited <= 3 * NEW_WRITER_SECONDS + 2 * AT_MOST
 
 
 @with_a_clock

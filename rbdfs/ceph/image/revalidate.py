@@ -115,7 +115,8 @@ class Revalidator:
             checked = await self._check()
             self._known &= checked.writers  # a client that comes back is new
             new = checked.writers - self._known
-            self._first_seen = {writer: self._first_seen.get(writer, began) for writer in new}
+            seen = trio.current_time()  # not `began`: it may have begun to write while the cluster was slow to answer
+            self._first_seen = {writer: self._first_seen.get(writer, seen) for writer in new}
             if not new or (size is not None and checked.size < size):
                 return checked.size
             size = checked.size
