@@ -135,9 +135,7 @@ def test_two_devclusters_started_at_the_same_moment_do_not_collide(tmp_path: Pat
             cluster.down()
 
 
-def test_a_mon_whose_port_was_taken_meanwhile_gets_another(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mon_whose_port_was_taken_gets_another(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Devcluster(DevclusterOptions(folder, store="memstore"))
     first.up()
     taken = json.loads((folder / "devcluster.json").read_text())["port"]

@@ -136,7 +136,7 @@ def test_root_and_who_has_mounted_it_are_believed(user: int, owner: int) -> None
 
 
 @pytest.mark.parametrize("owner", [ROOT, 1000])
-def test_who_has_taken_the_name_of_anothers_mount_is_not_believed(owner: int) -> None:
+def test_a_process_that_took_the_name_of_another_users_mount_is_not_believed(owner: int) -> None:
     with answering(json.dumps(REPORT).encode(), NOBODY) as pid:
         found = _ask(made_up(owner))
     assert found.report is None
@@ -166,7 +166,7 @@ def test_an_answer_that_is_not_understood_is_told_so(answer: bytes) -> None:
 
 
 @pytest.mark.parametrize(("user", "who"), [(ROOT, "root"), (NOBODY, f"root and user {NOBODY}")])
-def test_who_is_not_answered_may_not_ask(user: int, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_who_gets_no_answer_may_not_ask(user: int, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(b"", user):
         with pytest.raises(MountError, match=r"process \d+ has hung up$"):
             _answer_of(made_up(user))
@@ -181,7 +181,7 @@ def test_what_it_claims_to_be_is_not_believed() -> None:
     assert (found["mountpoint"], found["pid"], found["answers"]) == ("/mnt/x", pid, True)
 
 
-def test_who_has_no_process_does_not_answer() -> None:
+def test_a_mount_without_a_process_does_not_answer() -> None:
     assert "nobody listens" in _ask(made_up(ROOT)).reason
 
 
@@ -204,7 +204,7 @@ def test_another_user_hears_nothing(mount: Mount) -> None:
 # Real mounts.
 
 
-def test_it_shows_the_open_file_and_who_has_it_open(ceph: Ceph, mount: Mount) -> None:
+def test_it_shows_the_open_file_and_the_process_that_has_it_open(ceph: Ceph, mount: Mount) -> None:
     name = ceph.unique("open")
     content = random_bytes(4 * MIB)
     ceph.make_image(name, content)

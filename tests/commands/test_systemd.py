@@ -43,7 +43,7 @@ NO_PING_SECONDS = 2 * WATCHDOG_SECONDS
         ({"WATCHDOG_USEC": "1500000"}, ServiceManager()),
     ],
 )
-def test_who_waits_to_hear_is_told_by_the_environment(environment: dict[str, str], wanted: ServiceManager) -> None:
+def test_the_environment_says_who_waits_for_notifications(environment: dict[str, str], wanted: ServiceManager) -> None:
     assert ServiceManager.from_environment(environment, 7) == wanted
     assert environment == {}  # our children would speak for us
 
@@ -177,7 +177,9 @@ def test_it_stops_as_well_when_it_is_unmounted(services: Services) -> None:
     assert service.process.wait(10) == 0
 
 
-def test_a_mount_in_the_background_leaves_the_manager_to_who_started_it(ceph: Ceph, tmp_path: Path) -> None:
+def test_a_mount_in_the_background_leaves_the_manager_to_the_process_that_started_it(
+    ceph: Ceph, tmp_path: Path
+) -> None:
     (tmp_path / "mnt").mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(tmp_path / "notify"))

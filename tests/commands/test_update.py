@@ -341,7 +341,7 @@ def test_a_block_device_has_no_label_and_all_of_it_is_compared(ceph: Ceph, tmp_p
     assert disk.read_bytes()[len(BASE) :] == random_bytes(20 * MIB, seed=3)[len(BASE) :]
 
 
-def test_export_into_a_file_that_is_there_labels_it_anew(ceph: Ceph, tmp_path: Path) -> None:
+def test_export_into_an_existing_file_gives_it_a_new_label(ceph: Ceph, tmp_path: Path) -> None:
     name, path = make_chain(ceph), tmp_path / "vm1.img"
     assert command(ceph, f"rbd/{name}@s1", str(path)).returncode == 0
     plain = rbdfs("export", "--force", "--no-progress", f"rbd/{name}", str(path), conf=ceph.conf)

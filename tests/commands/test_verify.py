@@ -219,7 +219,9 @@ def test_a_device_may_be_larger_than_the_image_but_not_smaller(
         assert verified(ceph, f"rbd/{name}", device, capsys)["ranges"] == [(16 * MIB, len(HOLED) - 16 * MIB)]
 
 
-def test_an_image_or_snapshot_that_is_removed_meanwhile_is_no_verdict(ceph: Ceph, tmp_path: Path) -> None:
+def test_no_verdict_is_given_on_an_image_or_snapshot_that_is_removed_during_the_comparison(
+    ceph: Ceph, tmp_path: Path
+) -> None:
     name = make_holed(ceph)
     spec = snapshot(ceph, name)
     path = rbd_export(ceph, spec, tmp_path / "copy")

@@ -320,7 +320,7 @@ def test_a_migrated_image_has_the_right_bytes_or_is_an_error(ceph: Ceph, bare: M
         assert file.read() == content
 
 
-def test_others_are_not_held_up_by_who_reads(ceph: Ceph, bare: Mount) -> None:
+def test_readers_never_block_other_clients(ceph: Ceph, bare: Mount) -> None:
     # A watcher that does not acknowledge holds each of these up for 30 s (rados_notify_timeout is 10 s, rbd's longer).
     for features in (ALL_FEATURES, ALL_FEATURES | rbd.RBD_FEATURE_JOURNALING, LAYERING):
         name, content = ceph.unique("prompt"), random_bytes(4 * MIB)

@@ -119,7 +119,7 @@ def mount(mounts: Mounts) -> Mount:
 
 
 @pytest.mark.parametrize("way", ["page cache", "direct"])
-def test_hundreds_of_reads_fail_together_and_those_of_another_pool_are_answered_meanwhile(
+def test_hundreds_of_reads_fail_together_while_those_of_another_pool_are_answered(
     ceph: Ceph, mount: Mount, way: str
 ) -> None:
     name, content = ceph.unique("many"), random_bytes(4 * MIB)

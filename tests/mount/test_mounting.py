@@ -249,7 +249,7 @@ KERNEL = FuseOptions().kernel
         ("user=joe,uhelper=udisks2,helper=x,nobootwait,silent,loud,nonempty", FuseOptions()),
     ],
 )
-def test_options_are_sorted_by_who_takes_them(options: str, expected: FuseOptions) -> None:
+def test_options_are_sorted_by_the_program_that_takes_them(options: str, expected: FuseOptions) -> None:
     assert parse_options(option for option in options.split(",") if option) == expected
 
 
@@ -560,7 +560,7 @@ def test_an_unmount_that_fails_is_a_warning(
 
 
 @in_a_child
-def test_who_waits_for_an_answer_gets_an_error_at_the_unmount(mountpoint: Path, user: int) -> None:
+def test_a_request_without_an_answer_gets_an_error_at_the_unmount(mountpoint: Path, user: int) -> None:
     become(user)
     mounted = mount(mountpoint, parse_options([]))
     assert answer(mounted.device) == INIT

@@ -111,7 +111,7 @@ def test_a_mount_that_is_idle_when_it_is_blocklisted_works_at_the_next_access(ce
     assert mount.log.count("reconnected to the cluster") == 3
 
 
-def test_of_what_others_did_while_a_mount_was_blocklisted_nothing_old_and_no_zeros_are_shown(
+def test_changes_by_others_while_a_mount_was_blocklisted_show_and_nothing_old_or_zero_does(
     ceph: Ceph, mounts: Mounts
 ) -> None:
     key = ceph.credentials(WATCHING_CAPS)

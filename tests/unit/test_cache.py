@@ -147,7 +147,7 @@ async def test_a_read_larger_than_the_budget_is_still_whole() -> None:
 
 
 @in_trio
-async def test_an_error_reaches_all_who_wait_and_the_next_read_tries_anew() -> None:
+async def test_an_error_reaches_all_waiting_readers_and_the_next_read_tries_again() -> None:
     setup = Setup()
     setup.backend.fail_with = errno.EIO
     failed = []
@@ -181,7 +181,7 @@ async def test_a_cancelled_reader_leaves_the_aio_to_finish_for_the_next() -> Non
 
 
 @in_trio
-async def test_what_is_forgotten_answers_no_more_but_still_reaches_who_waits() -> None:
+async def test_a_fetch_that_is_forgotten_answers_no_more_but_still_reaches_its_waiting_readers() -> None:
     setup = Setup()
     await setup.check(0, 16 * KIB)
     setup.backend.hold = True

@@ -55,7 +55,7 @@ class Setup:
 
 @pytest.mark.parametrize("fail_with", [0, 5], ids=["bytes", "error"])
 @in_trio
-async def test_who_waits_for_the_same_fetch_and_who_waits_behind_it_is_answered(
+async def test_readers_of_the_same_fetch_and_those_queued_behind_it_are_answered(
     caplog: pytest.LogCaptureFixture, fail_with: int
 ) -> None:
     setup = Setup()
@@ -72,7 +72,7 @@ async def test_who_waits_for_the_same_fetch_and_who_waits_behind_it_is_answered(
 
 
 @in_trio
-async def test_so_are_those_who_read_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:
+async def test_readers_without_a_cache_are_answered_too(caplog: pytest.LogCaptureFixture) -> None:
     setup = Setup(budget=0)
     setup.backend.hold = True
     setup.start_read(0, explode)
@@ -96,7 +96,7 @@ class Unstartable(FakeBackend):
 
 @pytest.mark.parametrize("budget", [1 << 22, 0], ids=["cache", "no cache"])
 @in_trio
-async def test_a_read_that_cannot_be_started_is_an_error_for_who_waits_for_it(
+async def test_a_read_that_cannot_be_started_is_an_error_for_its_reader(
     caplog: pytest.LogCaptureFixture, budget: int
 ) -> None:
     setup = Setup(Unstartable(bytearray(1 << 20), object_size=OBJECT, hold=True), budget)

@@ -154,7 +154,7 @@ async def test_a_write_that_fails_ends_the_copy_and_tells_how_far_it_was(in_orde
 
 
 @in_trio
-async def test_an_image_that_is_removed_or_shrunk_meanwhile_is_an_error() -> None:
+async def test_an_image_that_is_removed_or_shrunk_during_the_copy_is_an_error() -> None:
     source, target = source_of(HOLED), MemoryTarget(len(HOLED))
     source.gone = True
     with pytest.raises(StaleError, match="gone"):

@@ -175,7 +175,7 @@ async def test_the_kernel_is_told_that_attributes_are_old_and_may_know_nothing_o
 
 @pytest.mark.parametrize(("opcode", "body"), [(Op.READ, reading(0, 10, 99)), (Op.LSEEK, seeking(0, os.SEEK_DATA, 99))])
 @in_trio
-async def test_a_handle_that_nobody_has_is_a_bad_one(opcode: int, body: bytes) -> None:
+async def test_an_unknown_handle_is_ebadf(opcode: int, body: bytes) -> None:
     async with serving() as setup:
         assert await setup.kernel.answer_to(opcode, body) == (errno.EBADF, b"")
 

@@ -111,7 +111,7 @@ def with_a_clock(test: Callable[[trio.testing.MockClock], Coroutine[Any, Any, No
 
 
 @in_trio
-async def test_who_opens_an_image_again_in_time_gets_what_is_open() -> None:
+async def test_an_image_that_is_opened_again_in_time_is_still_open() -> None:
     librbd = Librbd()
     first = await librbd.open_and_close("a")
     assert await librbd.open_and_close("a") is first
@@ -122,7 +122,7 @@ async def test_who_opens_an_image_again_in_time_gets_what_is_open() -> None:
 
 
 @in_trio
-async def test_an_image_is_opened_anew_if_its_header_or_that_of_an_ancestor_has_changed() -> None:
+async def test_an_image_is_opened_again_if_its_header_or_that_of_an_ancestor_has_changed() -> None:
     librbd = Librbd()
     states = [
         state_of(layer("a", 1)),
@@ -344,7 +344,7 @@ async def test_what_hangs_by_a_connection_that_is_replaced_is_opened_by_the_new_
 
 
 @in_trio
-async def test_who_waits_until_an_image_is_idle_goes_on_waiting_if_it_is_held_again_before_the_task_is_woken(
+async def test_a_task_that_waits_for_an_idle_image_goes_on_waiting_if_it_is_held_again_before_the_task_is_woken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("rbdfs.ceph.bindings.librbd.open_image", lambda *_, **__: MagicMock(reads_in_flight=0))

@@ -195,7 +195,7 @@ async def test_a_shrunk_image_ends_where_it_ends_now() -> None:
 
 
 @in_trio
-async def test_readahead_beyond_a_new_end_does_not_fail_who_reads_before_it() -> None:
+async def test_readahead_beyond_a_new_end_does_not_fail_reads_before_it() -> None:
     cluster = Cluster(random_backend(20 * MIB))
     image, _ = await cluster.images.open("key", cluster.open_backend)
     await read(image, 0, MIB)

@@ -206,7 +206,7 @@ async def test_what_came_late_by_a_connection_that_was_replaced_does_not_count()
 
 
 @with_a_clock
-async def test_who_was_refused_waits_for_the_attempt_and_asks_again() -> None:
+async def test_a_question_that_was_refused_waits_for_the_attempt_and_is_asked_again() -> None:
     cluster = FakeConnection()
     cluster.seconds = 0.5
     asked: list[Lifetime] = []
@@ -236,7 +236,7 @@ async def test_who_was_refused_waits_for_the_attempt_and_asks_again() -> None:
 
 
 @with_a_clock
-async def test_who_is_refused_while_no_attempt_is_due_has_the_error_at_once() -> None:
+async def test_a_question_that_is_refused_while_no_attempt_is_due_fails_at_once() -> None:
     cluster = FakeConnection(failures=100)
     cluster.seconds = 0.5
     began = trio.current_time()
@@ -249,7 +249,7 @@ async def test_who_is_refused_while_no_attempt_is_due_has_the_error_at_once() ->
 
 
 @with_a_clock
-async def test_who_hangs_by_a_connection_that_is_replaced_asks_again_by_the_new_one() -> None:
+async def test_a_question_that_hangs_by_a_replaced_connection_is_asked_again_by_the_new_one() -> None:
     cluster = FakeConnection()
     old = cluster.lifetime
 

@@ -51,7 +51,7 @@ class Revalidated:
 
 
 @with_a_clock
-async def test_all_who_ask_while_a_revalidation_is_under_way_share_the_next() -> None:
+async def test_all_callers_that_ask_during_a_revalidation_share_the_next() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     revalidated.ask("first", "at once")
@@ -67,7 +67,7 @@ async def test_all_who_ask_while_a_revalidation_is_under_way_share_the_next() ->
 
 
 @with_a_clock
-async def test_who_asks_is_told_what_others_did_before_though_the_one_under_way_has_not_seen_it() -> None:
+async def test_a_caller_learns_what_was_done_before_it_asked_even_if_the_running_revalidation_missed_it() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     revalidated.ask("before")
@@ -79,7 +79,7 @@ async def test_who_asks_is_told_what_others_did_before_though_the_one_under_way_
 
 
 @with_a_clock
-async def test_who_asks_again_when_it_is_told_gets_a_revalidation_of_its_own() -> None:
+async def test_a_caller_that_asks_from_its_callback_gets_a_revalidation_of_its_own() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     revalidated.revalidator.ask(lambda _: revalidated.ask("again"))
@@ -99,13 +99,13 @@ async def test_of_two_in_a_row_each_asks_the_cluster() -> None:
 
 
 @with_a_clock
-async def test_who_wrote_before_our_open_is_not_waited_for() -> None:
+async def test_a_client_that_wrote_before_our_open_is_not_waited_for() -> None:
     revalidated = Revalidated(FakeHeader(VM, OTHER))
     assert await revalidated.seconds_of_one() == pytest.approx(ROUND_TRIP)
 
 
 @with_a_clock
-async def test_who_began_to_write_after_our_open_is_waited_for_once() -> None:
+async def test_a_client_that_began_to_write_after_our_open_is_waited_for_once() -> None:
     header = FakeHeader(VM)
     revalidated = Revalidated(header)
     header.writers = frozenset([VM, OTHER])
@@ -129,7 +129,7 @@ async def test_a_writer_that_began_during_a_slow_question_is_waited_for_from_its
 
 
 @with_a_clock
-async def test_each_who_begins_to_write_has_its_own_time() -> None:
+async def test_each_new_writer_has_its_own_grace_period() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     header.writers = frozenset([VM])
@@ -143,7 +143,7 @@ async def test_each_who_begins_to_write_has_its_own_time() -> None:
 
 
 @with_a_clock
-async def test_a_writer_who_is_gone_is_not_waited_for_any_more() -> None:
+async def test_a_writer_that_is_gone_is_not_waited_for_any_more() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     header.writers = frozenset([VM])
@@ -156,7 +156,7 @@ async def test_a_writer_who_is_gone_is_not_waited_for_any_more() -> None:
 
 
 @with_a_clock
-async def test_who_comes_back_is_new() -> None:
+async def test_a_writer_that_comes_back_is_new() -> None:
     header = FakeHeader(VM)
     revalidated = Revalidated(header)
     header.writers = NOBODY
@@ -166,7 +166,7 @@ async def test_who_comes_back_is_new() -> None:
 
 
 @with_a_clock
-async def test_who_was_waited_for_and_left_and_comes_back_is_new() -> None:
+async def test_a_writer_that_was_waited_for_left_and_comes_back_is_new() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     header.writers = frozenset([VM])
@@ -180,7 +180,7 @@ async def test_who_was_waited_for_and_left_and_comes_back_is_new() -> None:
 
 
 @with_a_clock
-async def test_who_leaves_and_comes_back_while_it_is_waited_for_begins_anew() -> None:
+async def test_the_grace_period_of_a_writer_that_leaves_and_comes_back_starts_again() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     header.writers = frozenset([VM, OTHER])
@@ -237,7 +237,7 @@ async def test_a_writer_is_waited_for_no_longer_because_a_question_in_between_ha
 
 
 @with_a_clock
-async def test_a_question_that_fails_is_an_error_for_all_who_wait_and_for_nobody_later() -> None:
+async def test_a_question_that_fails_is_an_error_for_all_waiting_callers_and_for_no_later_one() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     failure = header.error = RbdfsError("no answer", errno.ETIMEDOUT)
@@ -251,7 +251,7 @@ async def test_a_question_that_fails_is_an_error_for_all_who_wait_and_for_nobody
 
 
 @with_a_clock
-async def test_a_removed_image_is_stale_for_all_who_wait_and_known_to_be_before_they_are_told() -> None:
+async def test_a_removed_image_is_marked_stale_before_the_waiting_callers_get_their_error() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     removed = header.error = StaleError("rbd/vm1 was removed while it was open")
@@ -307,7 +307,7 @@ async def test_a_callback_with_a_fault_in_it_keeps_nobody_else_waiting(caplog: p
 
 
 @with_a_clock
-async def test_who_gives_up_waiting_leaves_the_others_their_answer() -> None:
+async def test_a_caller_that_gives_up_leaves_the_others_their_answer() -> None:
     header = FakeHeader()
     revalidated = Revalidated(header)
     sizes: list[int] = []
@@ -364,7 +364,7 @@ async def test_zeros_wait_for_one_round_trip_or_until_a_new_writer_cannot_be_shr
 
 @pytest.mark.parametrize("features", [rbd.RBD_FEATURE_EXCLUSIVE_LOCK, 0], ids=["locks", "no locks"])
 @with_a_clock
-async def test_zeros_do_not_wait_for_who_had_the_image_open_before(features: int) -> None:
+async def test_zeros_do_not_wait_for_a_client_that_had_the_image_open_before(features: int) -> None:
     site = Site(ZEROS, features)
     site.header.writers = frozenset([VM])
     image = await site.opened()
@@ -432,7 +432,7 @@ async def test_zeros_of_which_the_cluster_does_not_say_what_they_are_are_an_erro
 
 
 @with_a_clock
-async def test_what_was_read_of_a_clone_that_was_flattened_meanwhile_is_read_again() -> None:
+async def test_a_read_of_a_clone_is_repeated_if_the_clone_was_flattened_during_it() -> None:
     site = Site(DATA)
     site.header.parent = PARENT
     image = await site.opened()

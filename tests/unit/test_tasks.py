@@ -28,7 +28,7 @@ class Work:
 
 
 @in_trio
-async def test_the_result_or_the_error_is_given_to_who_waits() -> None:
+async def test_the_waiting_task_gets_the_result_or_the_error() -> None:
     background, work = BackgroundTasks(), Work()
     work.may_end.set()
     assert await background.run(work.run, work.drop) == "result"
@@ -43,7 +43,7 @@ async def test_the_result_or_the_error_is_given_to_who_waits() -> None:
 
 
 @in_trio
-async def test_a_cancel_ends_the_waiting_alone_and_what_nobody_waits_for_is_dropped_at_the_end() -> None:
+async def test_a_cancel_ends_only_the_waiting_and_a_result_that_nobody_waits_for_is_dropped_at_the_end() -> None:
     background, work = BackgroundTasks(), Work()
     with trio.move_on_after(0.01) as scope:
         await background.run(work.run, work.drop)

@@ -42,7 +42,7 @@ def test_more_than_the_limit_at_once_starts_alone() -> None:
     assert work.started == ["huge", "small"]
 
 
-def test_who_is_waited_for_goes_before_what_is_read_ahead() -> None:
+def test_reads_that_somebody_waits_for_go_before_readahead() -> None:
     work = Work(max_ops=1, max_bytes=100)
     work.submit("first")
     work.submit("ahead")
