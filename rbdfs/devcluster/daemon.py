@@ -97,7 +97,10 @@ class Daemon:
 
 
 def running(folder: Path) -> dict[str, int]:
-    """The pids of a folder's daemons by name. Nobody else has their command line; a mgr may change its pid."""
+    """The pids of a folder's daemons by name. A mgr may change its pid, so they are known by their command line.
+
+    In a container the same path may be another folder.
+    """
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -105,6 +108,7 @@ def running(folder: Path) -> dict[str, int]:
             if (
                 arguments[:-1] == ["--conf", str(folder / "ceph.conf"), "--id"]
                 and process.stat().st_uid == os.geteuid()
+                and (process / "root" / folder.relative_to("/")).samefile(folder)
             ):
                 found[f"{program.removeprefix('ceph-')}.{arguments[-1]}"] = int(process.name)
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -228,6 +229,27 @@ def test_down_stops_its_own_processes_only(tmp_path: Path) -> None:
             assert stranger.poll() is None
         finally:
             stranger.kill()
+
+
+def test_down_does_not_stop_the_cluster_of_a_container_in_a_folder_of_the_same_name(tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    program = f"{shlex.quote(sys.executable)} -m rbdfs devcluster"
+    inside = f"mount -t tmpfs container {tmp_path} && {program} up {folder} && read -r _; {program} down {folder}"
+    command = ["unshare", "--mount", "sh", "-c", inside]
+    with subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as container:
+        try:
+            assert container.stdout
+            assert container.stdout.readline()
+            daemons = daemons_of(folder)
+            assert len(daemons) == 3
+            cluster = claim(folder)
+            assert set(cluster.status().pids.values()) == {None}
+            assert cluster.down()
+            assert daemons_of(folder) == daemons
+        finally:
+            container.communicate(b"\n")
+    assert container.returncode == 0
+    assert daemons_of(folder) == []
 
 
 def test_down_keeps_what_others_put_into_the_folder(tmp_path: Path) -> None:
