@@ -48,7 +48,8 @@ class Daemon:
         Signals wait for that: a daemon that ends at once is none that nobody stops.
         """
         kind, _, ident = self.name.partition(".")
-        command = [f"ceph-{kind}", "--conf", str(self.folder / "ceph.conf"), "--id", ident]
+        # In /, where Debian 13's OSD looks for its object classes: their folder's name is relative there.
+        command = ["env", "--chdir=/", f"ceph-{kind}", "--conf", str(self.folder / "ceph.conf"), "--id", ident]
         with signals_blocked():
             launcher = os.posix_spawnp(
                 command[0],
