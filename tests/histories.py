@@ -115,14 +115,17 @@ class History:
         with self.ceph.ioctx() as ioctx, rbd.Image(ioctx, self.name) as image:
             has_map = image.features() & rbd.RBD_FEATURE_OBJECT_MAP
             names = [
-                each["name"] for each in image.list_snaps() if not (has_map and self._is_invalid(ioctx, each["name"]))
+                each["name"]
+                for each in image.list_snaps()
+                if not (has_map and self._is_invalid(ioctx, image.id(), each["id"]))
             ]
             if names:
                 image.rollback_to_snap(self.source.choice(names))
 
-    def _is_invalid(self, ioctx: rados.Ioctx, snapshot: str) -> bool:
-        with rbd.Image(ioctx, self.name, snapshot=snapshot, read_only=True) as image:
-            return bool(image.flags() & rbd.RBD_FLAG_OBJECT_MAP_INVALID)
+    @staticmethod
+    def _is_invalid(ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> bool:
+        _, flags = ioctx.execute(header.object_name(image_id), "rbd", "get_flags", struct.pack("<Q", snapshot_id))
+        return bool(struct.unpack("<Q", flags)[0] & rbd.RBD_FLAG_OBJECT_MAP_INVALID)
 
     def flatten(self) -> None:
         """Seldom: it is once and for all."""
