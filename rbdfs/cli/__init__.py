@@ -17,7 +17,6 @@ from rbdfs.cli.verify import add_verify
 from rbdfs.commands.logs import ERROR, stderr_is_journal
 from rbdfs.errors import RbdfsError, UsageError
 
-EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130

@@ -77,6 +77,22 @@ class Reading:
         )
 
 
+def assert_reads_and_close_fail(result: Reading) -> None:
+    """Soon no read works any more, and the close is an error."""
+    wait_until(lambda: errno.EIO in result.errors, SECONDS)
+    reads = result.reads
+    wait_until(lambda: len(result.errors) > 50)
+    assert result.reads == reads
+    with pytest.raises(OSError, match="Input/output"):
+        os.close(result.file)
+
+
+def assert_only_errors_of_a_removed_image(result: Reading) -> None:
+    """After the readers have ended: EBADF is of those that read a file that was closed."""
+    assert not result.wrong
+    assert set(result.errors) <= {errno.EIO, errno.EBADF}
+
+
 @contextlib.contextmanager
 def reading(path: Path, *contents: bytes, readers: int = 3) -> Iterator[Reading]:
     """Read a file in the background."""
@@ -136,14 +152,8 @@ def test_a_removed_image_is_eio_within_seconds_and_never_zeros(
                     image_id = image.id()
                 rbd.RBD().trash_move(ioctx, name)
                 rbd.RBD().trash_remove(ioctx, image_id)
-        wait_until(lambda: errno.EIO in result.errors, SECONDS)
-        reads = result.reads
-        wait_until(lambda: len(result.errors) > 50)
-        assert result.reads == reads
-        with pytest.raises(OSError, match="Input/output"):
-            os.close(result.file)
-    assert not result.wrong
-    assert set(result.errors) <= {errno.EIO, errno.EBADF}
+        assert_reads_and_close_fail(result)
+    assert_only_errors_of_a_removed_image(result)
     assert f"rbd/{name} was removed while it was open" in bare.log
 
 
@@ -209,14 +219,8 @@ def test_a_removed_snapshot_is_eio_within_seconds_and_never_what_came_after_it(
             image.remove_snap("one")
             for start in range(0, 24 * MIB, MIB):
                 image.write(random_bytes(MIB, seed=3 + start), start)
-            wait_until(lambda: errno.EIO in result.errors, SECONDS)
-            reads = result.reads
-            wait_until(lambda: len(result.errors) > 50)
-            assert result.reads == reads
-            with pytest.raises(OSError, match="Input/output"):
-                os.close(result.file)
-    assert not result.wrong
-    assert set(result.errors) <= {errno.EIO, errno.EBADF}
+            assert_reads_and_close_fail(result)
+    assert_only_errors_of_a_removed_image(result)
     assert f"rbd/{name}@one was removed while it was open" in bare.log
 
 

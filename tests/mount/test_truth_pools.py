@@ -72,6 +72,18 @@ def assert_no_piece_is_zeros(path: Path) -> None:
                 os.close(file)
 
 
+def assert_it_fails_when_the_pool_is_removed(ceph: Ceph, mount: Mount, path: Path, pool: str, tmp_path: Path) -> None:
+    """What is read of a file is right before, and right or an error afterwards."""
+    with idle(path) as older:
+        assert_same(read_all(older, MIB, MIB), CONTENT[MIB : 2 * MIB])
+        ceph.remove_pool(pool)
+        assert_right_or_error(older)
+        assert_copies_fail(path, tmp_path)
+        assert_no_piece_is_zeros(path)
+    assert_no_piece_is_zeros(path)
+    assert mount.is_running
+
+
 @FOUR_MODES
 @pytest.mark.parametrize("snapshot", [False, True], ids=["HEAD", "snapshot"])
 def test_what_a_data_pool_held_is_an_error_when_it_is_removed(
@@ -82,14 +94,7 @@ def test_what_a_data_pool_held_is_an_error_when_it_is_removed(
     with opened(ceph, name) as image:
         image.create_snap("s")
     path = mode_mount.image(f"{name}@s" if snapshot else name)
-    with idle(path) as older:
-        assert_same(read_all(older, MIB, MIB), CONTENT[MIB : 2 * MIB])
-        ceph.remove_pool(pool)
-        assert_right_or_error(older)
-        assert_copies_fail(path, tmp_path)
-        assert_no_piece_is_zeros(path)
-    assert_no_piece_is_zeros(path)
-    assert mode_mount.is_running
+    assert_it_fails_when_the_pool_is_removed(ceph, mode_mount, path, pool, tmp_path)
 
 
 @FOUR_MODES
@@ -105,11 +110,4 @@ def test_what_a_parents_pool_held_is_an_error_when_it_is_removed(
     with opened(ceph, child) as image:
         image.create_snap("s")
     path = mode_mount.image(f"{child}@s" if snapshot else child)
-    with idle(path) as older:
-        assert_same(read_all(older, MIB, MIB), CONTENT[MIB : 2 * MIB])
-        ceph.remove_pool(pool)
-        assert_right_or_error(older)
-        assert_copies_fail(path, tmp_path)
-        assert_no_piece_is_zeros(path)
-    assert_no_piece_is_zeros(path)
-    assert mode_mount.is_running
+    assert_it_fails_when_the_pool_is_removed(ceph, mode_mount, path, pool, tmp_path)

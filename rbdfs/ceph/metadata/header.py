@@ -23,7 +23,6 @@ from rbdfs.errors import RbdfsError
 HEAD: Final = 2**64 - 2
 """The snapshot id of HEAD (CEPH_NOSNAP)."""
 
-GET_FEATURES: Final = Call(b"get_features", struct.pack("<QB", HEAD, 1))
 """Asks for the features of an image that matter to a client that only reads."""
 
 USER_SNAPSHOT: Final = 0
