@@ -593,7 +593,8 @@ def test_reads_and_seeks_are_served_while_a_seek_waits_which_fails_in_the_end(ce
             assert not waiting.done()
             with pytest.raises(TimeoutError):
                 calls.result(waiting)
-            assert OSD_TIMEOUT <= time.monotonic() - began < LATE_SECONDS
+            # librados's timer goes by a coarse clock, and may be a tick early.
+            assert OSD_TIMEOUT - 0.1 < time.monotonic() - began < LATE_SECONDS
 
         def seeks_again() -> bool:
             try:
