@@ -128,7 +128,7 @@ is_begun() {
 
 # Make a file a copy of a snapshot.
 update() {
-    local command=(rbdfs export --update --no-progress --json "${id[@]}" "${options[@]}") status=0 figures said
+    local command=(rbdfs export --update --no-progress --json "${options[@]}") status=0 figures said
     run "${command[@]}" "$1" "$2" || status=$?
     if ((status == 3)); then # nothing tells what the file is a copy of
         notes+=("compared as a whole: ${reason%%; --full*}")
@@ -233,7 +233,7 @@ done
 [[ $keep =~ ^[0-9]{1,6}$ ]] || misuse "--keep takes a number"
 [[ $snapshots =~ ^[1-9][0-9]{0,5}$ ]] || misuse "--snapshots takes a number, from 1 on"
 [[ $prefix =~ ^[A-Za-z0-9._-]+$ ]] || misuse "--prefix takes letters, digits and . _ -"
-((${#id[@]} == 0)) || export CEPH_ARGS="${CEPH_ARGS:-} ${id[*]}" # rbdfs takes no name from there
+((${#id[@]} == 0)) || export CEPH_ARGS="${CEPH_ARGS:-} ${id[*]}"
 where=${arguments[0]}
 folder=${arguments[1]}
 names=("${arguments[@]:2}")

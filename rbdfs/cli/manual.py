@@ -114,6 +114,12 @@ has the exit status of its command.
 The ceph.conf, if
 .B \-\-conf
 does not say another.
+.TP
+.B CEPH_ARGS
+Options of Ceph that the command line does not have, as for
+.BR rbd (8):
+.B \-\-id
+.IR backup .
 .SH FILES
 .TP
 .I /etc/ceph/ceph.conf

@@ -1,6 +1,7 @@
 """What several commands have in common on the command line: options, exit statuses, the way they are described."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +40,7 @@ def add_command(
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the cluster and the user."""
     group = parser.add_argument_group(CLUSTER_OPTIONS)
-    group.add_argument("-c", "--conf", metavar="FILE", type=Path, help="ceph.conf [CEPH_CONF, /etc/ceph/CLUSTER.conf]")
-    group.add_argument(
-        "--cluster", metavar="NAME", help="name of the cluster, which names its files in /etc/ceph [ceph]"
-    )
-    user = group.add_mutually_exclusive_group()
-    user.add_argument("-n", "--name", metavar="TYPE.ID", help="the user to connect as [client.admin]")
-    user.add_argument("--id", "--user", metavar="ID", help="the same, without the type client.")
+    _add_early_options(group, group.add_mutually_exclusive_group())
     group.add_argument(
         "-k", "--keyring", metavar="FILE", type=Path, help="keyring with the user's key [as in ceph.conf]"
     )
@@ -69,16 +64,37 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_early_options(group: "argparse._ActionsContainer", user: "argparse._ActionsContainer") -> None:
+    """Those without which librados reads no configuration (`ceph_argparse_early_args`)."""
+    group.add_argument("-c", "--conf", metavar="FILE", type=Path, help="ceph.conf [CEPH_CONF, /etc/ceph/CLUSTER.conf]")
+    group.add_argument(
+        "--cluster", metavar="NAME", help="name of the cluster, which names its files in /etc/ceph [ceph]"
+    )
+    user.add_argument("-n", "--name", metavar="TYPE.ID", help="the user to connect as [client.admin]")
+    user.add_argument(
+        "--id", "--user", dest="name", metavar="ID", type="client.{}".format, help="the same, without the type client."
+    )
+
+
+def _early_options_of_environment() -> argparse.Namespace:
+    """What CEPH_ARGS says of the cluster and the user, as the rbd command takes it. librados sees to the rest of it."""
+    parser = argparse.ArgumentParser(prog="CEPH_ARGS", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    _add_early_options(parser, parser)
+    return parser.parse_known_args(os.environ.get("CEPH_ARGS", "").split())[0]
+
+
 def cluster_options(options: argparse.Namespace) -> "ClusterOptions":
     """The values of the cluster options. Raises UsageError."""
     from rbdfs.ceph.connection.connect import DEFAULT_NAME, ClusterOptions  # noqa: PLC0415  (needs rados)
 
-    if options.name and "." not in options.name:
-        raise UsageError(f"--name takes a type and an id, as client.{options.name}; for the id alone there is --id")
+    environment = _early_options_of_environment()
+    name = options.name or environment.name or DEFAULT_NAME
+    if "." not in name:
+        raise UsageError(f"--name takes a type and an id, as client.{name}; for the id alone there is --id")
     return ClusterOptions(
-        conf=options.conf,
-        cluster=options.cluster,
-        name=options.name or (f"client.{options.id}" if options.id else DEFAULT_NAME),
+        conf=options.conf or environment.conf,
+        cluster=options.cluster or environment.cluster,
+        name=name,
         keyring=options.keyring,
         mon_host=options.mon_host,
         connect_timeout=options.connect_timeout,

@@ -5,6 +5,7 @@ import random
 import string
 from typing import Any
 
+import pytest
 import rbd
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,3 +179,20 @@ def test_a_picture_has_a_cell_for_each_object_or_for_several() -> None:
     assert draw_bar(0, 24, 4, data, shown, 3, "ascii") == ("#o=", 8)
     assert draw_bar(9, 18, 4, data, shown, 80, "utf-8") == ("o·█", 4)
     assert draw_bar(0, 0, 4, [], [], 80, "utf-8") == ("", 4)
+
+
+def test_the_user_is_that_of_ceph_args_unless_the_command_line_has_another(
+    ceph: Ceph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = ceph.unique("whose")
+    ceph.make_image(name, random_bytes(4096))
+    _, user, _, keyring = ceph.credentials(READ_ONLY_CAPS)
+    _, stranger, _, other_keyring = ceph.credentials(("mon", "profile rbd", "osd", "profile rbd pool=another"))
+    monkeypatch.setenv("CEPH_ARGS", f"--keyring {other_keyring} --id={stranger}")
+    done = rbdfs("map", f"rbd/{name}", conf=ceph.conf)
+    assert done.returncode == 1
+    assert f"client.{stranger}" in done.stderr
+    assert mapped(ceph, "--id", user, "--keyring", keyring, f"rbd/{name}")["extents"]
+    monkeypatch.setenv("CEPH_ARGS", f"-n client.{user} --keyring {keyring} -c {ceph.conf}")
+    done = rbdfs("map", f"rbd/{name}")
+    assert (done.returncode, done.stderr) == (0, "")
