@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -150,6 +151,20 @@ class Ceph:
             return ()
         name = self.unique("key")
         return ("--id", name, "--keyring", os.fspath(self.make_key(name, *caps)))
+
+
+@contextmanager
+def silent(ceph: Ceph, *daemons: str) -> Iterator[None]:
+    """These daemons say nothing; their connections stay."""
+    pids = [pid for daemon in daemons if (pid := ceph.devcluster.status().pids[daemon])]
+    assert len(pids) == len(daemons)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

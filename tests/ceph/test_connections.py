@@ -1,16 +1,18 @@
-"""The end of a connection: librados and librbd must not be asked for anything any more."""
+"""Connections: what waits in which thread, and that nothing is asked of librados and librbd after a disconnect."""
 
 import pytest
 import trio
 import trio.testing
 
 from rbdfs.catalog import Namespace
+from rbdfs.ceph.bindings.aio import Portal
 from rbdfs.ceph.bindings.lifetime import Lifetime
 from rbdfs.ceph.cluster import Cluster
 from rbdfs.ceph.connection.connect import ClusterOptions
-from rbdfs.ceph.connection.connections import Connection
+from rbdfs.ceph.connection.connections import Connection, Connections
 from rbdfs.spec import ImageSpec
-from tests.cluster import Ceph, random_bytes
+from rbdfs.threads import run_in_thread
+from tests.cluster import Ceph, random_bytes, silent
 from tests.in_trio import in_trio
 
 
@@ -47,3 +49,18 @@ async def test_a_disconnect_waits_for_an_open_that_was_given_up(ceph: Ceph, monk
     finally:
         await cluster.aclose()
     assert at_close == [0]
+
+
+@in_trio
+async def test_a_new_pool_that_was_listed_is_used_without_a_wait_for_the_monitors(ceph: Ceph) -> None:
+    connections = Connections(ClusterOptions(conf=ceph.conf), frozenset(), Portal())
+    await connections.open()
+    try:
+        name = ceph.unique("new-pool")
+        ceph.make_pool(name)
+        (pool,) = [pool for pool in await connections.pools() if pool.name == name]
+        with silent(ceph, "mon.a"), trio.fail_after(5):
+            for open_ioctx in (connections.read_ioctx, connections.current.ioctx):
+                await run_in_thread(open_ioctx, Namespace(pool), abandon_on_cancel=True)
+    finally:
+        await connections.aclose()

@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from subprocess import PIPE
 
 import pytest
 import rbd
 
 from rbdfs.fuse.attributes import ENTRY_SECONDS
-from tests.cluster import MIB, Ceph, Mount, random_bytes, running_ceph, wait_until
+from tests.cluster import MIB, Ceph, Mount, random_bytes, running_ceph, silent, wait_until
 from tests.mount.test_device import opened, read_direct, waits_for_a_mount
 
 Mounts = Callable[..., Mount]
@@ -72,20 +72,6 @@ elif call == "open":
 else:
     os.stat(path)
 """
-
-
-@contextmanager
-def silent(ceph: Ceph, *daemons: str) -> Iterator[None]:
-    """These daemons say nothing; their connections stay."""
-    pids = [pid for daemon in daemons if (pid := ceph.devcluster.status().pids[daemon])]
-    assert len(pids) == len(daemons)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def failed(function: Callable[[], object]) -> tuple[int | None, float]:

@@ -7,7 +7,8 @@ librados aborts the process if a connection is shut down that has open images.
 import errno
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Set as AbstractSet
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -57,6 +58,8 @@ class Connection:
         self.lifetime = lifetime
         self._ioctxs: dict[Namespace, rados.Ioctx] = {}
         self._read_ioctxs: dict[Namespace, librados.Ioctx] = {}
+        self._listed_pools: set[int] = set()
+        """Those that the OSD maps of both have had."""
 
     @classmethod
     async def open(cls, options: ClusterOptions, lifetime: Lifetime) -> "Connection":
@@ -69,6 +72,21 @@ class Connection:
                 await run_in_thread(client.shutdown, lane=CONNECTION_LANE)
             raise
         return cls(client, reads, lifetime)
+
+    def pools(self, only: AbstractSet[str]) -> list[Pool]:
+        """What `rbd_pools` lists. Blocks.
+
+        The first ioctx of a pool that is newer than the OSD map waits for a map (`RadosClient::create_ioctx`). Those
+        of listed pools are opened here for once, so that nobody waits in the trio thread.
+        """
+        pools = rbd_pools(self.rados, only)
+        for pool in pools:
+            if pool.id not in self._listed_pools:
+                with suppress(RbdfsError):  # it was removed meanwhile
+                    self.reads.open_ioctx(Namespace(pool)).destroy()
+                    self._open_ioctx(pool.id, "").close()
+                    self._listed_pools.add(pool.id)
+        return pools
 
     def ioctx(self, namespace: Namespace) -> rados.Ioctx:
         """For Ceph's own bindings. Raises RbdfsError."""
@@ -163,14 +181,14 @@ class Connections:
 
     async def pools(self) -> list[Pool]:
         """The pools with the rbd application, whether or not the key may read them. Raises RbdfsError."""
-        return await self.ask(lambda connection: partial(rbd_pools, connection.rados, self._only_pools))
+        return await self.ask(lambda connection: partial(connection.pools, self._only_pools))
 
     async def _works(self) -> bool:
         return await self._probe.why_not() is None
 
     def _probe_of(self, connection: Connection) -> Probe:
         async def list_pools() -> list[Pool]:
-            ask = partial(rbd_pools, connection.rados, self._only_pools)
+            ask = partial(connection.pools, self._only_pools)
             return await self._portal.run_holding(connection.lifetime, ask, lane=CONNECTION_LANE)
 
         async def is_readable(pool: Pool) -> bool:
