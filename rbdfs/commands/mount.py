@@ -1,6 +1,7 @@
 """`rbdfs mount`: connect, mount, and serve until the file system is unmounted."""
 
 import faulthandler
+import gc
 import logging
 import math
 import os
@@ -47,6 +48,10 @@ MAX_BYTES = 56 * MIB
 GRACE_SECONDS = 1.0
 """How much longer than an OSD's timeout a request may take. By then librados has reported an OSD that does not answer;
 the request ends even if it asks several OSDs one after the other, or waits in a queue or for a monitor."""
+
+COLLECT_SECONDS = 600
+"""What refers to itself, and has lived for a while, stays in memory for so long after its end."""
+NEVER = (1 << 31) - 1
 
 READY = "ready"
 """The background process writes this when the mount is usable; anything else is an error message."""
@@ -121,6 +126,7 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
                     ending.enter_context(exit_at_the_latest(0, session.mount.unmount))
 
                 status = partial(_status, options, operations)
+                nursery.start_soon(collect_garbage)
                 await serve(session, usable, stopping)
                 nursery.cancel_scope.cancel()
 
@@ -147,6 +153,19 @@ def _allow_many_files() -> None:
     """Raise the limit of open files to its maximum: each open image takes a descriptor, and the default is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def collect_garbage() -> None:
+    """Search all objects for garbage every COLLECT_SECONDS, and not whenever Python would: nothing is answered then.
+
+    It takes 0.2 s if the kernel knows 100,000 files, and would happen ten times during a listing of these. Python still
+    searches new objects as always.
+    """
+    gc.freeze()  # what was imported stays
+    gc.set_threshold(*gc.get_threshold()[:2], NEVER)
+    while True:
+        await trio.sleep(COLLECT_SECONDS)
+        gc.collect()
 
 
 async def _serve_metrics(address: tuple[str, int] | None) -> Callable[[RunningMount], None]:
