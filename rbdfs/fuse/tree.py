@@ -14,6 +14,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 import trio
@@ -38,10 +39,14 @@ from rbdfs.fuse.nodes import (
     snapshot_directory,
 )
 from rbdfs.spec import ImageSpec
+from rbdfs.tasks import in_slices
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+DIRECTORIES_AT_ONCE = 32
+"""To ask about; if all 500 namespaces of a pool were asked at once, a read would wait for all those answers."""
 
 NAMESPACE_NAME_BYTES = names.NAME_BYTES - len(names.SEPARATOR)
 """Room for `@` before it."""
@@ -122,12 +127,14 @@ class Tree:
         """
         files: dict[ImageRef, int] = {}
         stats: dict[int, Stat | None] = {}
+        at_once = trio.CapacityLimiter(DIRECTORIES_AT_ONCE)
 
         async def ask(node: ImageDirectory) -> None:
-            try:
-                stats[node.inode] = await self.stat(node)
-            except RbdfsError as error:
-                log.debug("nothing is known of %s: %s", node.identity, error)
+            async with at_once:
+                try:
+                    stats[node.inode] = await self.stat(node)
+                except RbdfsError as error:
+                    log.debug("nothing is known of %s: %s", node.identity, error)
 
         async with trio.open_nursery() as nursery:
             for node in nodes:
@@ -153,15 +160,15 @@ class Tree:
                 refs = await self._catalog.image_names(namespace)
                 found = [
                     DirEntry(names.encode(name), snapshot_directory(ref, _spec(namespace, name)))
-                    for name, ref in refs.items()
+                    async for name, ref in in_slices(refs.items())
                 ]
             case SnapshotDirectory(ref=ref, spec=spec):
                 snapshots = await self._catalog.snapshots(ref)
                 found = [
                     DirEntry(names.encode(name), image_file(snapshot, _at(spec, name)))
-                    for name, snapshot in snapshots.items()
+                    async for name, snapshot in in_slices(snapshots.items())
                 ]
-        return sorted(found, key=lambda entry: entry.name)
+        return sorted(found, key=attrgetter("name"))
 
     def add_lookup(self, node: Node) -> None:
         """Raise the lookup count of a node by one: the kernel gets its inode.
@@ -223,9 +230,12 @@ class Tree:
 
     async def _list_images(self, namespace: Namespace) -> list[DirEntry]:
         refs = await self._catalog.image_names(namespace)
-        found = [DirEntry(names.encode(name), image_file(ref, _spec(namespace, name))) for name, ref in refs.items()]
+        found = [
+            DirEntry(names.encode(name), image_file(ref, _spec(namespace, name)))
+            async for name, ref in in_slices(refs.items())
+        ]
         if not namespace.name:
-            for each in await self._catalog.namespaces(namespace.pool):
+            async for each in in_slices(await self._catalog.namespaces(namespace.pool)):
                 at = names.SEPARATOR if each.name in refs else ""
                 file_name = at + names.encode(each.name, NAMESPACE_NAME_BYTES)
                 found.append(DirEntry(file_name, namespace_directory(each)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from rbdfs.ceph.bindings.librados import Ioctx
 from rbdfs.ceph.bindings.read_op import ReadOperations, Reply, Request
 from rbdfs.ceph.metadata import header
 from rbdfs.errors import RbdfsError
+from rbdfs.tasks import SLICE
 from tests.in_trio import in_trio
 
 WHERE = Namespace(Pool(1, "rbd"))
@@ -180,3 +182,38 @@ def test_a_malformed_value_is_eio_of_its_image(key: bytes, value: bytes) -> None
     with pytest.raises(RbdfsError, match=f"rbd_header.{HEAD.id}") as caught:
         header.decode(HEAD, Reply(0, values={**VALUES, key: value}))
     assert caught.value.errno == errno.EIO
+
+
+class ManySnapshots(ReadOperations):
+    """An image with so many snapshots, each with the one answer."""
+
+    def __init__(self, count: int, answer: bytes) -> None:
+        self.most_requests = 0
+        self._context = Reply(0, [(0, struct.pack("<QI", count, count) + bytes(8 * count))], version=7)
+        self._answer = answer
+
+    async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
+        if requests[0].calls[0].method == b"get_snapcontext":
+            return [self._context]
+        self.most_requests = max(self.most_requests, len(requests))
+        return [Reply(0, [(0, self._answer)] * len(request.calls)) for request in requests]
+
+
+@in_trio
+async def test_ten_thousand_snapshots_are_asked_for_and_decoded_a_few_at_a_time() -> None:
+    image = ManySnapshots(10_000, ANSWERS[1])
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        version, snapshots = await header.snapshots(image, cast(Ioctx, None), HEAD)
+        nursery.cancel_scope.cancel()
+    assert (version, len(snapshots)) == (7, 10_000)
+    assert image.most_requests == 16
+    assert turns > 10_000 // SLICE // 2

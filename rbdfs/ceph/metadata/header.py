@@ -19,6 +19,7 @@ from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.encoding import MalformedError, Reader, understood
 from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Reply, Request
 from rbdfs.errors import RbdfsError
+from rbdfs.tasks import SLICE, in_slices
 
 HEAD: Final = 2**64 - 2
 """The snapshot id of HEAD (CEPH_NOSNAP)."""
@@ -44,6 +45,8 @@ _FORMAT_1_NAME_BYTES: Final = 24
 _PARENT_VERSION: Final = 2
 """The newest version of a `cls_rbd_parent` that we know. Of all other structures in a header we know only the first."""
 _SNAPSHOTS_A_REQUEST: Final = 64
+_REQUESTS_AT_ONCE: Final = 16
+"""For the snapshots of one image. They are answered one after the other anyway, and other tasks run in between."""
 
 _SMALLEST_OBJECT: Final = 1 << 9
 _LARGEST_OBJECT: Final = 1 << 31
@@ -291,20 +294,24 @@ async def snapshots(operations: ReadOperations, ioctx: librados.Ioctx, image: Im
         reader.u64()  # the highest id that was ever used
         calls = [Call(b"snapshot_get", struct.pack("<Q", reader.u64())) for _ in range(reader.u32())]
     calls.reverse()
-    starts = range(0, len(calls), _SNAPSHOTS_A_REQUEST)
-    replies = await operations.operate(
-        [Request(ioctx, object_of(image), calls[start : start + _SNAPSHOTS_A_REQUEST]) for start in starts]
-    )
-    with understood(f"the header {object_of(image)}"):
-        return reply.version, list(_decode_snapshots(replies, what))
+    requests = [
+        Request(ioctx, object_of(image), calls[start : start + _SNAPSHOTS_A_REQUEST])
+        for start in range(0, len(calls), _SNAPSHOTS_A_REQUEST)
+    ]
+    found: list[Snapshot] = []
+    for start in range(0, len(requests), _REQUESTS_AT_ONCE):
+        replies = await operations.operate(requests[start : start + _REQUESTS_AT_ONCE])
+        async for each in in_slices(replies, SLICE // _SNAPSHOTS_A_REQUEST):
+            with understood(f"the header {object_of(image)}"):
+                found += _decode_snapshots(each, what)
+    return reply.version, found
 
 
-def _decode_snapshots(replies: Iterable[Reply], what: str) -> Iterable[Snapshot]:
-    for reply in replies:
-        reply.check(what)
-        for number, (result, answer) in enumerate(reply.calls):
-            if result != -errno.ENOENT:  # removed since the list was read
-                yield decode_snapshot(answer if result >= 0 else reply.answer(number, what))
+def _decode_snapshots(reply: Reply, what: str) -> Iterable[Snapshot]:
+    reply.check(what)
+    for number, (result, answer) in enumerate(reply.calls):
+        if result != -errno.ENOENT:  # removed since the list was read
+            yield decode_snapshot(answer if result >= 0 else reply.answer(number, what))
 
 
 def decode_snapshot(answer: bytes) -> Snapshot:
