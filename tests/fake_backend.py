@@ -51,7 +51,6 @@ class FakeBackend:
         return sum(aio.length for aio in self.aios)
 
     def start_read(self, offset: int, length: int, callback: OnRead) -> None:
-        """See `ImageBackend.start_read`."""
         assert not self.closed, "a closed image was read"
         data: bytes | RbdfsError = bytes(self.content[offset : offset + length])
         if self.fail_with:
@@ -78,34 +77,28 @@ class FakeBackend:
 
     @property
     def stale(self) -> StaleError | None:
-        """See `ImageBackend.stale`."""
         return StaleError("the image is gone") if self.gone else None
 
     def revalidate_soon(self) -> None:
-        """See `ImageBackend.revalidate_soon`."""
         if self.stale is not None:
             raise self.stale
 
     async def revalidate(self) -> None:
-        """See `ImageBackend.revalidate`."""
         await self.refresh_size()
 
     async def verify(self) -> None:
-        """See `ImageBackend.verify`."""
         self.revalidate_soon()
 
     async def refresh_size(self) -> int:
-        """See `ImageBackend.refresh_size`."""
         self.revalidate_soon()
         self.size = len(self.content)
         return self.size
 
     async def extents_window(self) -> int:
-        """See `ImageBackend.extents_window`."""
         return 16 * self.object_size
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """See `ImageBackend.extents`: objects with a byte that is not zero. Not for stripes."""
+        """Objects with a byte that is not zero. Not for stripes."""
         self.extents_asked += 1
         if offset + length > len(self.content):
             raise BeyondEndError("it was shrunk")
@@ -113,7 +106,6 @@ class FakeBackend:
         return [(start, self.object_size) for start in starts if any(self.content[start : start + self.object_size])]
 
     async def close(self) -> None:
-        """See `ImageBackend.close`."""
         while self.underway:
             await trio.lowlevel.checkpoint()
         self.closed = True

@@ -63,20 +63,16 @@ class FakeHandle:
         self._content = site.content
 
     def start_read(self, offset: int, length: int, callback: Callable[[int, bytes], None]) -> None:
-        """See `LibrbdImage.start_read`."""
         result = self.results.pop(0) if self.results else length
         trio.lowlevel.current_trio_token().run_sync_soon(callback, result, self._content[offset : offset + length])
 
     def watchers(self) -> frozenset[int]:
-        """See `LibrbdImage.watchers`."""
         return frozenset(writer.client for writer in self._site.header.writers)
 
     def hold(self) -> None:
-        """See `LibrbdImage.hold`."""
         self.uses += 1
 
     def release(self) -> None:
-        """See `LibrbdImage.release`."""
         self.uses -= 1
 
 
@@ -84,7 +80,6 @@ class InlinePortal(Portal):
     """What blocks does not, here."""
 
     async def run_holding(self, _: Any, function: Callable[[*Ts], T], *args: *Ts, **__: Any) -> T:  # type: ignore[override]
-        """See `Portal.run_holding`."""
         await trio.lowlevel.checkpoint()
         return function(*args)
 
@@ -118,11 +113,9 @@ class Site:
         return image
 
     def ioctx_of(self, _: Namespace) -> None:
-        """See `HeaderClient.ioctx_of`."""
         raise RbdfsError("may not watch", errno.EPERM)
 
     async def state(self, _spec: ImageSpec, image: ImageRef, _ancestors: Sequence[ImageRef]) -> ImageState:
-        """See `HeaderClient.state`."""
         parent, lockers = self.header.parent, self.header.writers
         found = await self.header.check()
         header = Header(found.size, 1 << 16, self._features, parent=parent)
@@ -132,10 +125,9 @@ class Site:
         return ImageState((own, Layer(parent.image, Header(SIZE, 1 << 16, 0), 1, NOBODY, 0)))
 
     def take(self, _: ImageRef) -> None:
-        """See `HandleCache.take`."""
+        """None is cached."""
 
     async def open(self, _: ImageRef, state: ImageState, _kept: Opened | None = None) -> Opened:
-        """See `HandleCache.open`."""
         self.handles.append(FakeHandle(self))
         info = ImageInfo(state.size, 1 << 16, 1 << 16, 1)
         return Opened(cast(LibrbdImage, self.handles[-1]), info, state)

@@ -304,11 +304,9 @@ class FakeFile:
         self.seeks: list[tuple[int, Kind, OnSeek]] = []
 
     def start_read(self, offset: int, length: int, callback: OnRead) -> None:
-        """See `OpenFile.start_read`."""
         self.reads.append(Read(offset, length, callback))
 
     def start_seek(self, offset: int, kind: Kind, callback: OnSeek) -> None:
-        """See `OpenFile.start_seek`."""
         self.seeks.append((offset, kind, callback))
 
     def complete(self, number: int = 0) -> None:

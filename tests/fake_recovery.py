@@ -13,15 +13,12 @@ class FakeRecovery:
         self.attempts = 0
 
     def note(self, result: int) -> None:
-        """See `Recoverer.note`."""
         self.results.append(result)
 
     def patience(self) -> AbstractContextManager[None]:
-        """See `Recoverer.patience`."""
         return nullcontext()
 
     async def attempt(self) -> None:
-        """See `Recoverer.attempt`."""
         self.attempts += 1
 
 

@@ -49,7 +49,7 @@ class Reader(Protocol):
     """What bytes can be read from: an open image, or a backend."""
 
     def start_read(self, offset: int, length: int, callback: OnRead) -> None:
-        """See `OpenImage.start_read`."""
+        """As `pread`, with a callback."""
 
 
 async def read(reader: Reader, offset: int, length: int) -> Buffer:

@@ -47,7 +47,7 @@ async def copied_of(cluster: Cluster, spec: ImageSpec, source: CephImage, *, wai
 
     `wait`: while the snapshot is so new that clients without the exclusive lock may change it, sleep; else None.
     """
-    if source.image.snapshot_id is None or not source.state.is_settled:
+    if source.image.snapshot_id is None or not source.state.is_complete:
         return None
     created_ns = source.state.own.header.modified_ns
     if not source.is_immutable and time.time() - created_ns / NANOSECONDS < OLD_SECONDS:

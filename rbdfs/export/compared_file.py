@@ -86,18 +86,18 @@ class ComparedFile(Target):
 
     def _compare(self, offset: int, data: bytes) -> None:
         with self._errors_at(offset):
-            held = self._read(offset, len(data))
-        if held != data:
+            found = self._read(offset, len(data))
+        if found != data:
             with self._finding:
-                for start, end in differing(held, data, SECTOR):
+                for start, end in differing(found, data, SECTOR):
                     self.found.add(offset + start, offset + end)
 
     def _read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes, less only at the end of the file. Raises OSError."""
-        held = os.pread(self._descriptor, length, offset)
-        while len(held) < length and (more := os.pread(self._descriptor, length - len(held), offset + len(held))):
-            held += more
-        return held
+        found = os.pread(self._descriptor, length, offset)
+        while len(found) < length and (more := os.pread(self._descriptor, length - len(found), offset + len(found))):
+            found += more
+        return found
 
     def close(self) -> None:
         """Close the file."""

@@ -35,15 +35,15 @@ def data_runs(data: bytes, least_zeros: int) -> Iterator[tuple[int, int]]:
         yield start, zeros if zeros >= 0 else length
 
 
-def differing(held: bytes, data: bytes, grain: int) -> list[tuple[int, int]]:
-    """Where `data` differs from `held`, which may be shorter: (start, end) pairs that do not touch, of whole pieces of
+def differing(old: bytes, data: bytes, grain: int) -> list[tuple[int, int]]:
+    """Where `data` differs from `old`, which may be shorter: (start, end) pairs that do not touch, of whole pieces of
     `grain` bytes."""
     found: list[tuple[int, int]] = []
-    if held == data:
+    if old == data:
         return found
     for start in range(0, len(data), grain):
         end = min(start + grain, len(data))
-        if held[start:end] == data[start:end]:
+        if old[start:end] == data[start:end]:
             continue
         if found and found[-1][1] == start:
             found[-1] = (found[-1][0], end)

@@ -64,8 +64,8 @@ class UpdatedFile(FileTarget):
             super().write(offset, data)
             return
         with self._errors_at(offset):
-            held = os.pread(self._descriptor, len(data), offset)
-        for start, end in differing(held, data, COMPARED_BYTES):
+            old = os.pread(self._descriptor, len(data), offset)
+        for start, end in differing(old, data, COMPARED_BYTES):
             super().write(offset + start, data[start:end])
 
     def finish(self) -> None:

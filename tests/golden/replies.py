@@ -56,7 +56,6 @@ class Recorder(ReadOperations):
         self._operations = operations
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """See `ReadOperations.operate`."""
         real = []
         for request in requests:
             assert isinstance(request.ioctx, Place)
@@ -100,7 +99,6 @@ class Replay(ReadOperations):
         self._objects = objects
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """See `ReadOperations.operate`."""
         return [self._reply(request) for request in requests]
 
     def _reply(self, request: Request) -> Reply:

@@ -153,14 +153,12 @@ class StubOperations:
     }
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """See `ReadOperations.operate`."""
         return [
             Reply(0, [(0, self.ANSWERS[call.method]) for call in each.calls], self.VALUES, version=1)
             for each in requests
         ]
 
     async def ask(self, request: Request) -> Reply:
-        """See `ReadOperations.ask`."""
         return (await self.operate((request,)))[0]
 
 
@@ -185,7 +183,6 @@ class Tasks(trio.abc.Instrument):
         self.count = 0
 
     def task_spawned(self, task: object) -> None:  # noqa: ARG002  (trio's)
-        """See `trio.abc.Instrument`."""
         self.count += 1
 
 

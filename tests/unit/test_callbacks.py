@@ -88,7 +88,6 @@ class Unstartable(FakeBackend):
     """A backend with a fault in it, from its second read on."""
 
     def start_read(self, offset: int, length: int, callback: OnRead) -> None:
-        """See `ImageBackend.start_read`."""
         if self.aios:
             raise ZeroDivisionError("nobody expects this")
         super().start_read(offset, length, callback)
@@ -112,7 +111,6 @@ class ClosedLater(FakeBackend):
     """As an image of Ceph that is closed while fetches wait: each fails at once."""
 
     def start_read(self, offset: int, length: int, callback: OnRead) -> None:
-        """See `ImageBackend.start_read`."""
         if self.closed:
             callback(StaleError("it was closed"))
         else:

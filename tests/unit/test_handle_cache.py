@@ -40,14 +40,12 @@ class FakeHandle(LibrbdImage):
         self.lifetime = ioctx.lifetime
 
     def start(self) -> None:
-        """See `LibrbdImage.start`."""
         self.starts += 1
 
     async def wait_until_idle(self) -> None:
-        """See `LibrbdImage.wait_until_idle`."""
+        """It always is."""
 
     async def aclose(self) -> None:
-        """See `LibrbdImage.aclose`."""
         assert not self.closed, "closed twice"
         await self.may_close.wait()
         self.closed = True
@@ -254,11 +252,9 @@ class HeldHandle:
         self.lane = id(self)
 
     def hold(self) -> None:
-        """See `LibrbdImage.hold`."""
         self.held += 1
 
     def release(self) -> None:
-        """See `LibrbdImage.release`."""
         self.held -= 1
         assert self.held >= 0
 

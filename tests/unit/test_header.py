@@ -97,7 +97,6 @@ class Answering(ReadOperations):
         self._replies = list(replies)
 
     async def operate(self, requests: Sequence[Request]) -> Sequence[Reply]:
-        """See `ReadOperations.operate`."""
         self.asked.append([request.calls[-1].method for request in requests])
         return self._replies.pop(0)
 

@@ -108,7 +108,6 @@ class SlowImages(OpenImages):
         self.closed: list[OpenImage] = []
 
     async def close(self, image: OpenImage) -> None:
-        """See `OpenImages.close`."""
         self.closed.append(image)
         await trio.sleep_forever()
 

@@ -79,18 +79,18 @@ class CephImage(ReopeningImage):
         header object. So while the header has the same version, nobody holds the lock and nobody else has the image
         open, nobody writes. (krbd that mapped an image before it had the feature writes without the lock.)
 
-        A snapshot is immutable once nobody can be filling it, as a deep copy or mirroring does: it is settled
-        (`Layer.is_settled`), and no client has the image open without its lock.
+        A snapshot is immutable once nobody can be filling it, as a deep copy or mirroring does: it is complete
+        (`Layer.is_complete`), and no client has the image open without its lock.
         """
         own = state.own
         lockers = {locker.client for locker in own.lockers}
         if self.is_snapshot:
-            if self.state.is_settled and others <= lockers:
+            if self.state.is_complete and others <= lockers:
                 self.opened = self.opened._replace(is_immutable=True)
             self.write_version = IMMUTABLE_VERSION if self.is_immutable else None
         else:
             locks = own.header.features & rbd.RBD_FEATURE_EXCLUSIVE_LOCK
-            is_known = locks and not lockers and not others and state.is_settled
+            is_known = locks and not lockers and not others and state.is_complete
             self.write_version = own.version or None if is_known else None
 
     @property

@@ -49,7 +49,7 @@ class Opened(NamedTuple):
         trace in any header."""
         return (
             not self.handle.lifetime.is_over
-            and (self.is_immutable or self.state.is_settled)
+            and (self.is_immutable or self.state.is_complete)
             and self.state.is_same_version(state)
         )
 

@@ -27,7 +27,7 @@ FILLING_NS: Final = 3600 * NANOSECONDS
 """A deep copy creates an image with all of its snapshots, and fills them afterwards (`DeepCopyRequest`). So a snapshot
 that was made so much later than its image is not being filled, whichever client holds the lock now."""
 
-_UNSETTLED: Final = rbd.RBD_FEATURE_MIGRATING | rbd.RBD_FEATURE_NON_PRIMARY
+_INCOMPLETE: Final = rbd.RBD_FEATURE_MIGRATING | rbd.RBD_FEATURE_NON_PRIMARY
 """Features of an image that others fill by their own rules: in migration, or a secondary of rbd-mirror."""
 
 _MAP_INVALID: Final = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
@@ -66,13 +66,13 @@ class Layer:
         return bool(self.header.features & rbd.RBD_FEATURE_FAST_DIFF) and not self.header.flags & _MAP_INVALID
 
     @property
-    def is_settled(self) -> bool:
+    def is_complete(self) -> bool:
         """For a snapshot, whether nobody can still be filling it. For HEAD, whether the ordinary rules hold for it.
 
-        An image is not settled during a migration, as a mirror's secondary, or if it may be the target of a deep copy,
+        An image is not complete during a migration, as a mirror's secondary, or if it may be the target of a deep copy,
         which holds the lock. For an image without locks this cannot be known.
         """
-        if self.header.features & _UNSETTLED:
+        if self.header.features & _INCOMPLETE:
             return False
         made_later = self.created_ns and self.header.modified_ns - self.created_ns > FILLING_NS
         return self.image.snapshot_id is None or not self.lockers or bool(made_later)
@@ -121,9 +121,9 @@ class ImageState:
         return len(self.layers) > 1 or self.is_migrating
 
     @property
-    def is_settled(self) -> bool:
-        """Whether all layers are settled."""
-        return all(layer.is_settled for layer in self.layers)
+    def is_complete(self) -> bool:
+        """Whether all layers are complete."""
+        return all(layer.is_complete for layer in self.layers)
 
     @property
     def has_fast_diff(self) -> bool:
