@@ -116,7 +116,7 @@ def test_a_pool_is_backed_up_night_by_night_and_restored_in_four_ways(
     assert "compared" not in again
 
 
-def test_an_image_that_fails_is_told_and_the_others_are_backed_up(
+def test_an_image_that_fails_is_reported_and_the_others_are_backed_up(
     ceph: Ceph, pool: str, environment: Environment, folder: Path
 ) -> None:
     names = ("gone", "held", "spoiled")

@@ -81,7 +81,7 @@ def port() -> int:
 # What is told.
 
 
-def test_all_that_the_readme_lists_is_told_and_the_other_way_round() -> None:
+def test_all_metrics_that_the_readme_lists_exist_and_the_other_way_round() -> None:
     table = (CHECKOUT / "README.md").read_text().split("| metric |", 1)[1].split("\n\n", 1)[0]
     listed = set(re.findall(r"`(rbdfs_\w+)", table))
     assert listed == {
@@ -89,7 +89,7 @@ def test_all_that_the_readme_lists_is_told_and_the_other_way_round() -> None:
     }
 
 
-def test_all_that_the_dashboard_asks_for_is_told() -> None:
+def test_all_metrics_that_the_dashboard_asks_for_exist() -> None:
     mount = running_mount()
     mount.requests.waiting[1] = (0.0, READ, 1, 0, 2, 0)
     mount.requests.end(1, 0, 1.0)
@@ -120,7 +120,7 @@ def test_kinds_of_requests_that_are_one_operation_are_counted_together() -> None
     assert samples["rbdfs_request_errors_total", "read", "EIO"] == 0, "there before the first error"
 
 
-def test_a_mount_point_that_is_not_utf8_is_told_all_the_same() -> None:
+def test_a_mount_point_that_is_not_utf8_is_shown_all_the_same() -> None:
     registry = CollectorRegistry()
 
     async def tell() -> bytes:
@@ -262,7 +262,9 @@ def test_a_sequential_reader_uses_what_is_read_ahead(ceph: Ceph, mounts: Mounts,
     assert scrape["rbdfs_readahead_wasted_bytes_total",] == 0
 
 
-def test_errors_count_by_errno_while_the_osd_is_dead_and_it_is_told(ceph: Ceph, mounts: Mounts, port: int) -> None:
+def test_errors_are_counted_by_errno_while_the_osd_is_dead_and_it_is_logged(
+    ceph: Ceph, mounts: Mounts, port: int
+) -> None:
     name = ceph.unique("silent")
     ceph.make_image(name, random_bytes(4 * MIB))
     mount = mounts("--osd-timeout", "2", "--direct-io", "--cache-size", "0", "--metrics", str(port))

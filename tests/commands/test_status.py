@@ -157,7 +157,7 @@ def test_a_process_that_took_the_name_of_another_users_mount_is_not_believed(own
         json.dumps(REPORT | {"errors": [{"at": 1e300, "operation": "", "message": ""}]}).encode(),
     ],
 )
-def test_an_answer_that_is_not_understood_is_told_so(answer: bytes) -> None:
+def test_an_answer_that_is_not_understood_is_an_error_that_says_so(answer: bytes) -> None:
     with (
         answering(answer),
         pytest.raises(MountError, match=r"process \d+ is not understood; it may run another version"),
@@ -318,7 +318,7 @@ def test_a_mount_whose_process_was_killed_does_not_answer(mount: Mount) -> None:
     assert "nobody listens: its process is gone" in found["reason"]
 
 
-def test_no_mount_is_told_so(tmp_path: Path) -> None:
+def test_without_a_mount_it_says_so(tmp_path: Path) -> None:
     done = rbdfs("status", str(tmp_path))
     reason = "is no rbdfs mount; rbdfs status shows all mounts of this host"
     assert (done.returncode, done.stderr) == (1, f"rbdfs: {tmp_path} {reason}\n")
@@ -349,7 +349,7 @@ def test_a_name_that_is_taken_costs_the_status_and_not_the_mount(mount: Mount) -
 # Who has asked.
 
 
-def test_a_thread_is_told_by_its_process() -> None:
+def test_the_process_of_a_thread_is_found() -> None:
     command = Path("/proc/self/comm").read_text().rstrip()
     threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
     assert {process_of(thread) for thread in threads} == {Process(os.getpid(), command)}

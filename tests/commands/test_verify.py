@@ -148,7 +148,7 @@ def test_of_a_head_that_others_write_to_it_warns(ceph: Ceph, tmp_path: Path) -> 
     assert f"verify rbd/{name}@NAME" in done.stderr
 
 
-def test_a_mixture_is_never_whole_and_a_copy_of_another_snapshot_is_told(
+def test_a_mixture_is_never_whole_and_a_copy_of_another_snapshot_is_recognized(
     ceph: Ceph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, path = make_holed(ceph), tmp_path / "copy"

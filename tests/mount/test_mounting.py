@@ -412,14 +412,14 @@ def test_a_fusermount3_without_its_rights_is_named(
 
 
 @in_a_child
-def test_a_user_without_a_name_is_told_so(mountpoint: Path) -> None:
+def test_a_user_without_a_name_is_an_error_that_says_so(mountpoint: Path) -> None:
     os.chown(mountpoint, NAMELESS, NAMELESS)
     become(NAMELESS)
     assert "add one to /etc/passwd" in refused(mountpoint)
 
 
 @in_a_child
-def test_root_without_its_rights_is_told_what_a_container_needs(place: Path) -> None:
+def test_for_root_without_its_rights_the_error_says_what_a_container_needs(place: Path) -> None:
     call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     assert "the kernel permits no mount; a container needs --cap-add SYS_ADMIN" in refused(place)
 
@@ -533,9 +533,7 @@ def test_a_mount_that_has_taken_its_place_stays(mountpoint: Path, user: int, cap
 
 @pytest.mark.parametrize("kind", ["tmpfs", mounting.TYPE])
 @in_a_child
-def test_a_mount_that_lies_over_it_stays_and_is_told_of(
-    place: Path, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_mount_that_lies_over_it_stays_and_is_named(place: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     mounted = mount(place, parse_options([]))
     if kind == "tmpfs":
         call("mount", b"second", os.fsencode(place), b"tmpfs", 0, None)

@@ -55,7 +55,7 @@ def test_ten_thousand_reads_of_a_removed_image_are_a_handful_of_lines(ceph: Ceph
     assert f"rbd/{name}" in lines(mount)[0]
 
 
-def test_reads_that_no_osd_answers_are_one_line_and_one_tells_the_end(ceph: Ceph, mounts: Mounts) -> None:
+def test_reads_that_no_osd_answers_are_one_line_in_the_log_and_their_end_is_another(ceph: Ceph, mounts: Mounts) -> None:
     name = ceph.unique("silent")
     content = random_bytes(16 * MIB)
     ceph.make_image(name, content)

@@ -119,7 +119,7 @@ class ClosedLater(FakeBackend):
 
 @pytest.mark.parametrize("budget", [1 << 26, 0], ids=["cache", "no cache"])
 @in_trio
-async def test_thousands_that_wait_for_an_image_that_was_closed_are_all_told(budget: int) -> None:
+async def test_thousands_that_wait_for_an_image_that_was_closed_all_get_an_error(budget: int) -> None:
     setup = Setup(ClosedLater(bytearray(1 << 20), object_size=OBJECT, hold=True), budget)
     layout = Layout(OBJECT, OBJECT, 1)
     for _ in range(3000):

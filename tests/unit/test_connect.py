@@ -72,7 +72,7 @@ def test_an_osd_that_is_not_reached_is_named_with_its_address(monkeypatch: pytes
     assert f"this host cannot reach them, such as osd.0 at {silent}" in said
 
 
-def test_a_cluster_that_is_not_well_is_told_in_its_own_words() -> None:
+def test_the_status_of_a_cluster_that_is_not_well_is_in_its_own_words() -> None:
     message = "Reduced data availability: 8 pgs inactive"
     health = {"checks": {"PG_AVAILABILITY": {"severity": "HEALTH_WARN", "summary": {"message": message, "count": 8}}}}
     said = why_no_osd_answers(FakeMonitors(osd_dump=osds("127.0.0.1:1"), health=health), NAME)

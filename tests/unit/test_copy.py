@@ -92,7 +92,7 @@ async def test_holes_are_neither_read_nor_written() -> None:
 
 
 @in_trio
-async def test_a_target_that_is_not_blank_is_told_of_holes() -> None:
+async def test_a_target_that_is_not_blank_is_given_the_holes_too() -> None:
     source, target = source_of(HOLED), MemoryTarget(len(HOLED), is_blank=False)
     await Copy(source, target, CopyOptions(10)).run()
     assert sum(length for _, length in target.skipped) == 10 * MIB
@@ -143,7 +143,7 @@ async def test_a_read_that_fails_ends_the_copy_with_its_error(in_order: bool) ->
 
 @pytest.mark.parametrize("in_order", [False, True])
 @in_trio
-async def test_a_write_that_fails_ends_the_copy_and_tells_how_far_it_was(in_order: bool) -> None:
+async def test_a_write_that_fails_ends_the_copy_and_the_error_says_how_far_it_was(in_order: bool) -> None:
     source, target = source_of(HOLED), MemoryTarget(len(HOLED), in_order, fail_at=5 * MIB)
     copy = Copy(source, target, CopyOptions(3))
     with pytest.raises(TargetError) as raised:

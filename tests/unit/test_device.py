@@ -136,7 +136,7 @@ async def test_a_read_that_ends_before_the_end_that_the_kernel_knows_is_an_error
 
 
 @in_trio
-async def test_a_read_that_ends_where_the_kernel_has_just_been_told_is_answered_when_it_has_heard_it() -> None:
+async def test_a_read_that_ends_at_a_new_size_is_answered_when_the_kernel_knows_that_size() -> None:
     async with serving() as setup:
         setup.file.content = setup.file.content[:100_000]
         setup.seconds_until_end_known = 0.05
@@ -153,7 +153,7 @@ async def test_a_read_that_ends_where_the_kernel_has_just_been_told_is_answered_
 
 
 @in_trio
-async def test_a_read_that_finds_the_file_shrunk_tells_so() -> None:
+async def test_a_read_that_finds_the_file_shrunk_makes_the_kernel_forget_its_size() -> None:
     async with serving() as setup:
         unique = setup.kernel.ask(Op.READ, reading(0, 4096), inode=7)
         await settled()
@@ -163,7 +163,7 @@ async def test_a_read_that_finds_the_file_shrunk_tells_so() -> None:
 
 
 @in_trio
-async def test_the_kernel_is_told_that_attributes_are_old_and_may_know_nothing_of_them() -> None:
+async def test_the_kernel_gets_a_notice_of_old_attributes_and_may_know_nothing_of_them() -> None:
     async with serving() as setup:
         setup.device.notify(7)
         assert setup.kernel.notified == [(2, struct.pack("=Qqq", 7, -1, 0))]

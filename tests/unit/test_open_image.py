@@ -385,7 +385,7 @@ async def test_what_is_cached_of_a_removed_image_is_an_error_once_that_is_known_
 
 
 @in_trio
-async def test_a_close_tells_that_the_image_is_gone_though_no_read_found_it() -> None:
+async def test_a_close_reports_that_the_image_is_gone_though_no_read_found_it() -> None:
     cluster = Cluster(random_backend(10_000))
     image, _ = await cluster.images.open("key", cluster.open_backend)
     await read(image, 0, 100)

@@ -225,7 +225,7 @@ def test_parallel_lookups_have_the_flag_of_fuse_h() -> None:
 
 
 @needs_fuse_h
-def test_old_attributes_are_told_in_the_words_of_fuse_h() -> None:
+def test_a_notice_of_old_attributes_is_as_fuse_h_has_it() -> None:
     assert re.search(rf"FUSE_NOTIFY_INVAL_INODE = {protocol.NOTIFY_INVAL_INODE},", FUSE_H.read_text())
     header = struct_bytes("fuse_out_header", len=40, error=protocol.NOTIFY_INVAL_INODE)
     body = struct_bytes("fuse_notify_inval_inode_out", ino=7, off=-1)

@@ -81,7 +81,7 @@ async def test_a_client_that_is_blocklisted_gets_a_new_connection_at_once(caplog
 
 
 @with_a_clock_and_log
-async def test_the_next_attempts_come_more_and_more_seldom_and_each_failure_is_told_once(
+async def test_the_next_attempts_come_more_and_more_seldom_and_each_failure_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     cluster = FakeConnection(failures=8)

@@ -472,7 +472,7 @@ async def test_a_revalidation_that_fails_is_due_again_as_any_other() -> None:
 
 
 @with_a_clock
-async def test_of_an_image_that_is_gone_every_reader_is_told_at_once_and_nobody_is_asked() -> None:
+async def test_every_reader_of_an_image_that_is_gone_gets_an_error_at_once_and_nobody_is_asked() -> None:
     site = Site(DATA)
     image = await site.opened()
     site.header.error = RbdfsError("no such file", errno.ENOENT)

@@ -13,7 +13,7 @@ TIMEOUT = errno.ETIMEDOUT
 VM1, VM2 = 101, 102
 
 
-def test_the_first_error_is_told_at_once_and_the_next_thousands_are_counted() -> None:
+def test_the_first_error_is_logged_at_once_and_the_next_thousands_are_counted() -> None:
     troubles = Troubles()
     assert troubles.fail(errno.EIO, VM1, "read", "cannot read vm1 at 0", 0.0) == "cannot read vm1 at 0"
     assert [troubles.fail(errno.EIO, VM1, "read", f"at {n}", n / 1000) for n in range(1, 10_000)] == [None] * 9_999
@@ -21,7 +21,7 @@ def test_the_first_error_is_told_at_once_and_the_next_thousands_are_counted() ->
     assert troubles.summary() == "at 9999 (10,000 errors)"
 
 
-def test_a_trouble_that_goes_on_is_told_once_a_minute() -> None:
+def test_a_trouble_that_goes_on_is_logged_once_a_minute() -> None:
     troubles = Troubles()
     lines = []
     for second in range(1000):
@@ -31,7 +31,7 @@ def test_a_trouble_that_goes_on_is_told_once_a_minute() -> None:
     assert lines[0] == Line(logging.ERROR, "60 more in the last 60 s: at 60", VM1)
 
 
-def test_it_is_over_when_what_has_failed_works_again_and_that_is_told_with_how_long_it_took() -> None:
+def test_it_is_over_when_what_has_failed_works_again_and_the_log_says_how_long_it_took() -> None:
     troubles = Troubles()
     for second in range(3):
         troubles.fail(errno.EIO, VM1, "read", "cannot read vm1", float(second))
@@ -86,7 +86,7 @@ def test_a_trouble_that_nobody_tries_again_is_let_go_of() -> None:
     assert not troubles.are_open
 
 
-def test_of_thousands_of_files_with_one_trouble_a_few_are_told_and_the_others_counted() -> None:
+def test_of_thousands_of_files_with_one_trouble_a_few_are_logged_and_the_others_counted() -> None:
     troubles = Troubles()
     files = range(1, 10_001)
     told = [text for inode in files if (text := troubles.fail(TIMEOUT, inode, "open", f"cannot open {inode}", 0.0))]
