@@ -49,7 +49,10 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-newest=(.venv-newest/bin/python -X faulthandler -m pytest -o cache_dir=.pytest_cache/newest "$@")
+# In the opposite order, so that what waits runs beside what computes.
+paths=("$@")
+(($# > 0)) || mapfile -t paths < <(ls --directory --reverse tests/*/)
+newest=(.venv-newest/bin/python -X faulthandler -m pytest -o cache_dir=.pytest_cache/newest "${paths[@]}")
 "${interruptible[@]}" "${alone[@]}" "${newest[@]}" >"$said" 2>&1 &
 aside=$!
 

@@ -58,7 +58,7 @@ SCHEDULE = (
     KILL_ONE,
     Fault("an OSD frozen for 4 s", 4, excuses_errors=True, daemons=one_osd, freezes=True),
     Fault("all OSDs killed", 20, excuses_errors=True, daemons=all_osds),
-    Fault("the monitor killed", 10, excuses_errors=False, daemons=monitor),
+    Fault("the monitor killed", 5, excuses_errors=False, daemons=monitor),  # back within --osd-timeout
     Fault("all OSDs frozen for 15 s", 15, excuses_errors=True, daemons=all_osds, freezes=True),
     Fault("an OSD frozen for 25 s", 25, excuses_errors=True, daemons=one_osd, freezes=True),
 )

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import ClassVar
 
+from tests.cluster import wait_until
 from tests.soak.fixed import DISK, compare
 from tests.soak.ledger import FailedError
 from tests.soak.reader import Reader
@@ -37,5 +38,5 @@ class LoopMount(Reader):
 
 
 def undo(*command: str | Path) -> None:
-    """Also if all is called off."""
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    """Also if all is called off, or if it is busy for a moment."""
+    wait_until(lambda: subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0, 60)
