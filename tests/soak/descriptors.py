@@ -25,7 +25,8 @@ THREADS = 4
 READS = 64
 """Of a thread, in a round."""
 READ_MAX = 64 << 10
-GONE = (errno.ENOENT, errno.ESTALE)
+GONE = (errno.ENOENT, errno.ESTALE, errno.EIO)
+"""EIO: the kernel says so to a reader of a page that another read has failed to fetch."""
 
 
 @contextmanager
