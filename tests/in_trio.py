@@ -1,8 +1,8 @@
 """Tests that are coroutines, and how they wait for what is answered by a callback."""
 
 import functools
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -43,6 +43,29 @@ def with_a_clock(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, No
         trio.run(partial(test, *args, **kwargs), clock=trio.testing.MockClock(autojump_threshold=0))
 
     return run
+
+
+class Turns:
+    """How often another task had its turn."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def take(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            self.count += 1
+            await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def counted_turns() -> AsyncIterator[Turns]:
+    """Those during the block."""
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.take)
+        yield turns
+        nursery.cancel_scope.cancel()
 
 
 class Reader(Protocol):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import pytest
-import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from rbdfs.ceph.bindings.read_op import ReadOperations, Reply, Request
 from rbdfs.ceph.metadata import header
 from rbdfs.errors import RbdfsError
 from rbdfs.tasks import SLICE
-from tests.in_trio import in_trio
+from tests.in_trio import counted_turns, in_trio
 
 WHERE = Namespace(Pool(1, "rbd"))
 HEAD = ImageRef(WHERE, "10f1a2b3c4d5")
@@ -201,18 +200,8 @@ class ManySnapshots(ReadOperations):
 @in_trio
 async def test_ten_thousand_snapshots_are_asked_for_and_decoded_a_few_at_a_time() -> None:
     image = ManySnapshots(10_000, ANSWERS[1])
-    turns = 0
-
-    async def count_turns() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await trio.lowlevel.checkpoint()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(count_turns)
+    async with counted_turns() as turns:
         version, snapshots = await header.snapshots(image, cast(Ioctx, None), HEAD)
-        nursery.cancel_scope.cancel()
     assert (version, len(snapshots)) == (7, 10_000)
     assert image.most_requests == 16
-    assert turns > 10_000 // SLICE // 2
+    assert turns.count > 10_000 // SLICE // 2

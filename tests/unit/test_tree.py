@@ -1,7 +1,5 @@
 """Listings of any size let other tasks run."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import cast
 
 import trio
@@ -11,7 +9,7 @@ from rbdfs.fuse.nodes import pool_directory, snap_directory, snapshot_directory
 from rbdfs.fuse.tree import DIRECTORIES_AT_ONCE, Tree
 from rbdfs.spec import ImageSpec
 from rbdfs.tasks import SLICE
-from tests.in_trio import in_trio
+from tests.in_trio import counted_turns, in_trio
 
 POOL = Pool(1, "rbd")
 COUNT = 20 * SLICE
@@ -41,29 +39,6 @@ class Crowd:
         await trio.lowlevel.checkpoint()
         self.asked -= 1
         return 1
-
-
-class Turns:
-    """How often another task had its turn."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    async def take(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            self.count += 1
-            await trio.lowlevel.checkpoint()
-
-
-@asynccontextmanager
-async def counted_turns() -> AsyncIterator[Turns]:
-    """Those during the block."""
-    turns = Turns()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(turns.take)
-        yield turns
-        nursery.cancel_scope.cancel()
 
 
 @in_trio
