@@ -30,10 +30,10 @@ class Crowd:
     async def namespaces(self, pool: Pool) -> list[Namespace]:
         return [Namespace(pool, f"team{number}") for number in range(COUNT)]
 
-    async def stat_all(self, images: object) -> dict[ImageRef, None]:  # noqa: ARG002
+    async def stat_all(self, _: object) -> dict[ImageRef, None]:
         return {}
 
-    async def changed_ns(self, namespace: Namespace) -> int:  # noqa: ARG002
+    async def changed_ns(self, _: Namespace) -> int:
         self.asked += 1
         self.most_asked = max(self.most_asked, self.asked)
         await trio.lowlevel.checkpoint()

@@ -77,12 +77,12 @@ class Connection:
         """What `rbd_pools` lists. Blocks.
 
         The first ioctx of a pool that is newer than the OSD map waits for a map (`RadosClient::create_ioctx`). Those
-        of listed pools are opened here for once, so that nobody waits in the trio thread.
+        of listed pools are opened here once, so that nobody waits in the trio thread.
         """
         pools = rbd_pools(self.rados, only)
         for pool in pools:
             if pool.id not in self._listed_pools:
-                with suppress(RbdfsError):  # it was removed meanwhile
+                with suppress(RbdfsError):  # it was removed since it was listed
                     self.reads.open_ioctx(Namespace(pool)).destroy()
                     self._open_ioctx(pool.id, "").close()
                     self._listed_pools.add(pool.id)
