@@ -69,6 +69,8 @@ def site(seed: int, scale: int) -> Iterator[Site]:
         with running_ceph(OSDS, parent=folder) as ceph:
             for pause in ("osd_recovery_sleep", "osd_snap_trim_sleep"):  # of 0.1 s and more an object, on disks
                 ceph.run("ceph", "config", "set", "osd", pause, "0")
+            # Else an OSD that was silent a few times is thought up for minutes, and clients wait for it.
+            ceph.run("ceph", "config", "set", "mon", "mon_osd_adjust_heartbeat_grace", "false")
             changes = Changes(ceph, seed)
             try:
                 fixed = make_all(ceph, folder / REFERENCES, seed, scale)
