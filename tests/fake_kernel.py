@@ -63,8 +63,8 @@ INTERRUPT_IN = struct.Struct("=Q")  # unique
 INIT_OUT = struct.Struct("=IIIIHHIIHHI28s")
 """major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, ..."""
 
-THREAD = 4711
-"""Who asks for everything."""
+THREAD = (1 << 22) + 4711
+"""Who asks for everything: no real thread, since Linux's numbers end before."""
 
 LOOKED_UP = bytes(128)
 """What stands for a fuse_entry_out."""
@@ -334,6 +334,15 @@ class Setup:
     """Set when `Device.serve` has returned."""
 
 
+@contextmanager
+def by_the_clock_of_trio() -> Iterator[None]:
+    """The device takes its time from trio, whose clock a test can let jump."""
+    with ExitStack() as stack:
+        for module in ("deadlines", "device", "relay", "replies"):
+            stack.enter_context(mock.patch(f"rbdfs.fuse.{module}.monotonic", trio.current_time))
+        yield
+
+
 @asynccontextmanager
 async def serving(
     files: Mapping[int, OpenFile] | None = None,
@@ -363,7 +372,7 @@ async def serving(
         setup.ended.set()
 
     try:
-        with kernel.system_calls():
+        with kernel.system_calls(), by_the_clock_of_trio():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve)
                 yield setup

@@ -158,7 +158,7 @@ def test_pools_below_min_size_wait_for_an_osd_and_fail_after_osd_timeout(ceph: C
             for pool, name in names.items()
         }
         with dead(ceph, 0):
-            # Otherwise the monitor may think that 1 died first and that 0 served writes without it: what is erasure-coded
+            # Otherwise the monitor may think that 1 died first and 0 served writes without it: what is erasure-coded
             # would then wait for 0.
             wait_until(lambda: 0 not in acting(ceph, REPLICATED, names[REPLICATED]))
             with dead(ceph, 1):

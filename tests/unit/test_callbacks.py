@@ -152,6 +152,6 @@ async def test_what_comes_over_the_thread_boundary_after_it_is_delivered(caplog:
         portal.post(lambda: explode(None))
         portal.post(delivered.set)
 
-    with told_in_the_log(caplog), trio.fail_after(5):
+    with told_in_the_log(caplog), trio.fail_after(60):
         await trio.to_thread.run_sync(post)
         await delivered.wait()

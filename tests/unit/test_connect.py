@@ -57,7 +57,10 @@ def listening(host: str, says: bytes) -> Iterator[str]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 @pytest.mark.parametrize("banner", [b"ceph v027", b"ceph v2\n"])
-def test_osds_that_serve_others_lead_to_the_caps_of_the_key(host: str, banner: bytes) -> None:
+def test_osds_that_serve_others_lead_to_the_caps_of_the_key(
+    host: str, banner: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "ASK_SECONDS", 60.0)
     with listening(host, banner) as address:
         said = why_no_osd_answers(FakeMonitors(osd_dump=osds(address), health={"checks": {"OSD_DOWN": {}}}), NAME)
     assert "client.backup may have no OSD caps (compare 'ceph auth get client.backup')" in said

@@ -38,7 +38,7 @@ from tests.fake_kernel import (
     serving,
     settled,
 )
-from tests.in_trio import in_trio
+from tests.in_trio import in_trio, with_a_clock
 
 KIB = 1024
 
@@ -135,7 +135,7 @@ async def test_a_read_that_ends_before_the_end_that_the_kernel_knows_is_an_error
         assert setup.invalidated == [7]
 
 
-@in_trio
+@with_a_clock
 async def test_a_read_that_ends_at_a_new_size_is_answered_when_the_kernel_knows_that_size() -> None:
     async with serving() as setup:
         setup.file.content = setup.file.content[:100_000]
@@ -307,7 +307,7 @@ async def test_an_interrupt_goes_no_further_and_its_read_is_answered() -> None:
 # Each in time.
 
 
-@in_trio
+@with_a_clock
 async def test_what_is_not_answered_in_time_times_out_and_a_late_answer_is_dropped() -> None:
     async with serving(answer_seconds=0.1) as setup:
         read, seek = setup.kernel.ask(Op.READ, reading(0, 10)), setup.kernel.ask(Op.LSEEK, seeking(0, os.SEEK_DATA))
@@ -321,7 +321,7 @@ async def test_what_is_not_answered_in_time_times_out_and_a_late_answer_is_dropp
         assert not setup.kernel.refused
 
 
-@in_trio
+@with_a_clock
 async def test_what_waits_for_room_times_out_and_is_not_passed_on_but_releases_are() -> None:
     async with serving(answer_seconds=0.1) as setup:
         await setup.kernel.ask_many([(Op.GETXATTR, getting(64 * KIB))] * 2000)
@@ -338,7 +338,7 @@ async def test_what_waits_for_room_times_out_and_is_not_passed_on_but_releases_a
         assert [request.unique for request in setup.pyfuse3.take()] == [released]
 
 
-@in_trio
+@with_a_clock
 async def test_what_the_page_cache_asked_for_in_vain_is_not_asked_for_again_at_once_but_then_it_is() -> None:
     async with serving() as setup:
         failed = setup.kernel.ask(Op.READ, reading(4096, 8192))
@@ -357,7 +357,7 @@ async def test_what_the_page_cache_asked_for_in_vain_is_not_asked_for_again_at_o
         assert len(setup.file.reads) == len((beside, direct, other, again))
 
 
-@in_trio
+@with_a_clock
 async def test_a_read_whose_thread_was_killed_ends_at_once_or_when_that_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,7 +21,7 @@ from rbdfs.fuse.troubles import Troubles
 from rbdfs.image.open_image import OpenImage
 from rbdfs.image.open_images import OpenImages
 from rbdfs.spec import ImageSpec
-from tests.in_trio import in_trio
+from tests.in_trio import in_trio, with_a_clock
 
 NAMESPACE = Namespace(Pool(1, "rbd"))
 A_REPLY = 50
@@ -128,7 +128,7 @@ async def test_each_file_is_closed_though_the_cluster_did_not_answer_for_the_one
     assert not operations.files
 
 
-@in_trio
+@with_a_clock
 async def test_a_question_that_was_not_answered_in_time_is_not_asked_again_for_a_moment() -> None:
     asked = []
 
