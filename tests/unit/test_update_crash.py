@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 
+from rbdfs.errors import LabelError
 from rbdfs.export import label, syscalls
 from rbdfs.export.copy import Changes, Copy, CopyOptions
 from rbdfs.export.journal import Origin
@@ -240,9 +242,7 @@ def test_whatever_a_power_cut_leaves_is_known_for_what_it_is_and_an_update_goes_
         # The last label has the time of the last write, the first one that of before.
         is_ended = any(op.name in ("label", "beside") for op in left[begun:])
         os.utime(path, ns=(0, mtime_ns if is_ended else crashed.mtime_ns))
-        target = UpdatedFile(path)
-        said = target.read_label()
-        assert target.abandon() == f"{path} is as it was"
+        said = read_label(path)
         assert said is not None
         whole = said.whole
         seen.add(None if whole is None else whole.snapshot)
@@ -256,10 +256,44 @@ def test_whatever_a_power_cut_leaves_is_known_for_what_it_is_and_an_update_goes_
     assert seen == {"s1", None, "s2"}
 
 
-def test_what_others_write_is_noticed(tmp_path: Path) -> None:
+def read_label(path: Path) -> Label | None:
+    """As an update begins, which then leaves the file alone."""
+    target = UpdatedFile(path)
+    try:
+        return target.read_label()
+    finally:
+        assert target.abandon() == f"{path} is as it was"
+
+
+def write_later(path: Path) -> None:
+    """Others write what was there."""
+    status = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # the clock of files has ticks of milliseconds
+
+
+def put_another_there(path: Path) -> None:
+    """A copy with all its attributes, as `cp --archive` makes one."""
+    copied = path.with_name("another")
+    shutil.copy2(path, copied)
+    copied.rename(path)
+
+
+def grow(path: Path) -> None:
+    """By a hole, which nothing is written to."""
+    os.truncate(path, path.stat().st_size + PAGE)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"), [(write_later, "written to"), (put_another_there, "but a copy of it"), (grow, "163840")]
+)
+def test_what_others_change_is_noticed(tmp_path: Path, change: Callable[[Path], None], why: str) -> None:
     path = tmp_path / "copy"
     (old,) = chain([40 * PAGE])
     path.write_bytes(old.content)
     with path.open("r+b") as file:
         label.write(file.fileno(), path, Label(old.copied))
-    assert UpdatedFile(path).read_label() == Label(old.copied)
+    assert read_label(path) == Label(old.copied)
+    change(path)
+    with pytest.raises(LabelError, match=why):
+        read_label(path)
