@@ -113,8 +113,8 @@ async def _serve(options: MountOptions, ready: Callable[[], None], manager: Serv
         async def serve_and_report(session: Session, running: RunningMount) -> None:
             async with trio.open_nursery() as nursery:
 
-                def usable() -> None:
-                    listener = listen_for_status(session.mount.device_number())
+                async def usable() -> None:
+                    listener = await listen_for_status(session.mount.device_number())
                     if listener is not None:
                         nursery.start_soon(serve_status, running, listener)
                     ready()

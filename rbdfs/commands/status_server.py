@@ -1,5 +1,6 @@
 """The answer of a mount to `rbdfs status`. It asks the cluster nothing."""
 
+import errno
 import json
 import logging
 import os
@@ -19,23 +20,32 @@ log = logging.getLogger(__name__)
 SHOWN_MAX: Final = 1000
 """Open files, and waiting requests, that an answer lists at most: the oldest."""
 
+BIND_SECONDS: Final = 5.0
+BIND_AGAIN_SECONDS: Final = 0.02
+"""Of the name: the kernel gives an unmounted file system's device number to the next one, maybe before its process has
+ended."""
+
 SEND_SECONDS: Final = 2.0
 """How long a client may take to read the answer."""
 
 
-def listen_for_status(device_number: tuple[int, int] | None) -> socket.socket | None:
+async def listen_for_status(device_number: tuple[int, int] | None) -> socket.socket | None:
     """Make the mount visible to `rbdfs status`. None if that fails; the mount works without it."""
     if device_number is None:
         return None  # unmounted already
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(name_of(device_number))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        log.warning("rbdfs status cannot show this mount: %s: %s", name_of(device_number)[1:], error.strerror)
-        return None
-    return listener
+    give_up = trio.current_time() + BIND_SECONDS
+    while True:
+        try:
+            listener.bind(name_of(device_number))
+            listener.listen()
+            return listener
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or trio.current_time() > give_up:
+                listener.close()
+                log.warning("rbdfs status cannot show this mount: %s: %s", name_of(device_number)[1:], error.strerror)
+                return None
+        await trio.sleep(BIND_AGAIN_SECONDS)
 
 
 async def serve_status(mount: RunningMount, listener: socket.socket) -> None:

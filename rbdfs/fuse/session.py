@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def mounted(operations: Operations, mountpoint: Path, options: FuseOptions) -> I
         mount.unmount()
 
 
-async def serve(session: Session, ready: Callable[[], None], stopping: Callable[[], object]) -> None:
+async def serve(session: Session, ready: Callable[[], Awaitable[None]], stopping: Callable[[], object]) -> None:
     """Answer the kernel until the file system is unmounted.
 
     Calls `ready` as soon as it is usable, and `stopping` when it takes no more requests: those that have begun may
@@ -88,7 +88,7 @@ async def serve(session: Session, ready: Callable[[], None], stopping: Callable[
             await session.device.initialized.wait()
             _tune(session.mount)
             log.info("mounted on %s", session.mount.mountpoint)
-            ready()
+            await ready()
 
         nursery.start_soon(serve_the_rest)
         nursery.start_soon(tune_when_usable)
