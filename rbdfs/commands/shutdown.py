@@ -17,6 +17,9 @@ SIGNALLED = 128
 STOP_SECONDS = 4.0
 """How long a stop waits for reads in flight and for images to close; then it ends the process."""
 
+TICKS = 16
+"""It waits in so many steps: time in which this machine stood still, as a virtual one may, counts as one."""
+
 
 async def until_signalled(
     work: Callable[[], Awaitable[None]], end: Callable[[signal.Signals | None], Awaitable[None]]
@@ -50,15 +53,16 @@ def exit_at_the_latest(status: int, last: Callable[[], None] = lambda: None) -> 
     """
 
     def give_up() -> None:
+        if any(ended.wait(STOP_SECONDS / TICKS) for _ in range(TICKS)):
+            return
         log.warning("images could not be closed within %s s; leaving them", STOP_SECONDS)
         last()
         logging.shutdown()
         os._exit(status)
 
-    deadline = threading.Timer(STOP_SECONDS, give_up)
-    deadline.daemon = True
-    deadline.start()
+    ended = threading.Event()
+    threading.Thread(target=give_up, name="deadline", daemon=True).start()
     try:
         yield
     finally:
-        deadline.cancel()
+        ended.set()
