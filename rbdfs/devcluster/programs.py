@@ -12,7 +12,7 @@ from rbdfs.errors import RbdfsError, UsageError
 
 PROGRAMS = ("ceph-mon", "ceph-mgr", "ceph-osd", "ceph", "rbd", "monmaptool")
 PACKAGES = "ceph-mon ceph-mgr ceph-osd ceph-common"
-START_SECONDS = 60.0  # for one daemon or one of Ceph's tools, on a machine that is busy
+START_SECONDS = 120.0  # for one daemon or one of Ceph's tools, on a machine that is busy
 
 
 def require_programs() -> None:

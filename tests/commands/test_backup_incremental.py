@@ -17,7 +17,7 @@ from tests.commands.test_examples import EXAMPLES, ext4, run
 SCRIPT = EXAMPLES / "backup-incremental.sh"
 SNAPSHOT = r"backup-\d{8}-\d{6}"
 ODD = "two\nwörds"
-SLOW = ("--", "--limit-rate", "4M")
+SLOW = ("--", "--limit-rate", "2M")
 
 Environment = dict[str, str]
 
@@ -193,7 +193,7 @@ def test_what_was_interrupted_the_next_run_goes_on_with(
     ceph: Ceph, pool: str, environment: Environment, folder: Path
 ) -> None:
     content = random_bytes(16 * MIB)
-    ceph.make_image("vm1", content, pool=pool)
+    ceph.make_image("vm1", content, MIB, pool=pool)
     ceph.make_image("vm2", b"", pool=pool)
     file, partial = folder / "vm1.raw", folder / "vm1.raw.partial"
 

@@ -16,6 +16,7 @@ import pytest
 from rbdfs.commands import devcluster
 from rbdfs.devcluster import cluster as devcluster_module
 from rbdfs.devcluster.cluster import Devcluster, DevclusterOptions, free_port
+from rbdfs.devcluster.daemon import running
 from rbdfs.errors import RbdfsError, UsageError
 from tests.cluster import CHECKOUT
 
@@ -33,12 +34,12 @@ def until(condition: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
-        os.sched_yield()
+        time.sleep(0.01)
 
 
 def rbd(cluster: Devcluster, *arguments: str) -> str:
     command = ["rbd", "--conf", str(cluster.conf), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 def daemons_of(folder: Path) -> list[int]:
@@ -111,13 +112,13 @@ def test_with_three_osds_pools_keep_three_copies_and_images_can_have_their_data_
     cluster = Devcluster(DevclusterOptions(folder, osds=3, store="memstore"))
     cluster.up()
     dump = ["ceph", "--conf", str(cluster.conf), "osd", "dump", "--format", "json"]
-    pools = json.loads(subprocess.run(dump, check=True, capture_output=True, timeout=30).stdout)["pools"]
+    pools = json.loads(subprocess.run(dump, check=True, capture_output=True, timeout=120).stdout)["pools"]
     assert [pool["pool_name"] for pool in pools] == ["rbd", "ec"]
     for pool in pools:
         assert (pool["size"], pool["min_size"], list(pool["application_metadata"])) == (3, 2, ["rbd"])
     (profile,) = [pool["erasure_code_profile"] for pool in pools if pool["pool_name"] == "ec"]
     show = ["ceph", "--conf", str(cluster.conf), "osd", "erasure-code-profile", "get", profile]
-    said = subprocess.run(show, check=True, capture_output=True, text=True, timeout=30).stdout.split()
+    said = subprocess.run(show, check=True, capture_output=True, text=True, timeout=120).stdout.split()
     assert {"k=2", "m=1", "crush-failure-domain=osd"} <= set(said)
     rbd(cluster, "create", "vm1", "--size", "8M", "--data-pool", "ec")
     for size in ("4M", "4K"):  # written, and written over
@@ -185,7 +186,7 @@ def test_run_hands_a_signal_to_its_command_and_removes_the_cluster(folder: Path,
 
 def test_up_that_is_interrupted_leaves_nothing(folder: Path) -> None:
     with script("up", folder) as process:
-        until(lambda: daemons_of(folder))
+        until(lambda: running(folder))
         process.terminate()
         out, _ = process.communicate()
     assert (process.returncode, out) == (128 + signal.SIGTERM, "")

@@ -291,7 +291,7 @@ def test_where_an_interrupted_one_was_going_may_be_gone_then_all_is_compared(
 def test_an_unfinished_first_export_is_gone_on_with_too(ceph: Ceph, tmp_path: Path) -> None:
     name, path = make_chain(ceph), tmp_path / "vm1.img"
     partial = tmp_path / "vm1.img.partial"
-    slow = (*RBDFS, "export", "--update", "--conf", str(ceph.conf), "--limit-rate", "4M", f"rbd/{name}@s1", str(path))
+    slow = (*RBDFS, "export", "--update", "--conf", str(ceph.conf), "--limit-rate", "1M", f"rbd/{name}@s1", str(path))
     for snapshot in ("s1", "s2"):
         with subprocess.Popen(slow, stderr=subprocess.DEVNULL) as process:
             wait_until(lambda: partial.exists() and partial.stat().st_blocks > 0, 60)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,10 @@ def test_no_verdict_is_given_on_an_image_or_snapshot_that_is_removed_during_the_
     name = make_holed(ceph)
     spec = snapshot(ceph, name)
     path = rbd_export(ceph, spec, tmp_path / "copy")
-    command = [*RBDFS, "verify", "--conf", str(ceph.conf), "--limit-rate", "4M", "--concurrency", "1"]
+    command = [*RBDFS, "verify", "--conf", str(ceph.conf), "--limit-rate", "1M", "--concurrency", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, spec, str(path)], **pipes) as process:  # type: ignore[call-overload]
-        wait_until_locked(path)
+        wait_until_locked(path, process.pid)
         with ceph.ioctx() as ioctx, rbd.Image(ioctx, name) as image:
             image.remove_snap("s")
         out, err = process.communicate(timeout=60)
@@ -238,16 +238,16 @@ def test_no_verdict_is_given_on_an_image_or_snapshot_that_is_removed_during_the_
     assert "was compared to offset" in err
 
 
-def wait_until_locked(path: Path) -> None:
-    """Until somebody reads it, by whom it is locked."""
+def wait_until_locked(path: Path, pid: int) -> None:
+    """Until a process reads it, which then has it locked. To try a lock would keep that process from it."""
+    process = Path(f"/proc/{pid}")
 
     def is_locked() -> bool:
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+        for descriptor in (process / "fd").iterdir():
+            with suppress(FileNotFoundError):
+                if descriptor.readlink() == path:
+                    return "FLOCK" in (process / "fdinfo" / descriptor.name).read_text()
+        return False
 
     wait_until(is_locked)
 
@@ -258,7 +258,7 @@ def test_a_signal_ends_it_in_one_line(ceph: Ceph, tmp_path: Path, number: signal
     path = rbd_export(ceph, f"rbd/{name}", tmp_path / "copy")
     command = [*RBDFS, "verify", "--conf", str(ceph.conf), "--limit-rate", "1M", f"rbd/{name}", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_until_locked(path)
+        wait_until_locked(path, process.pid)
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err.count("\n")) == (128 + number, "", 1)

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pytest
 import rbd
 
 from tests.attributes import compare
-from tests.cluster import MIB, READ_ONLY_CAPS, Ceph, Mount
+from tests.cluster import MIB, READ_ONLY_CAPS, Ceph, Mount, silent
 
 Mounts = Callable[..., Mount]
 
@@ -166,15 +165,15 @@ def test_a_parent_in_the_trash_is_named_as_rbd_info_names_it(ceph: Ceph, mount: 
     assert f"parent: rbd/{parent}@s (trash {parent_id})\n" in ceph.run("rbd", "info", f"rbd/{child}")
 
 
-def test_other_attributes_and_directories_have_none_and_the_cluster_is_not_asked(ceph: Ceph, mount: Mount) -> None:
+def test_other_attributes_and_directories_have_none_and_the_cluster_is_not_asked(
+    ceph: Ceph, mounts: Callable[..., Mount]
+) -> None:
+    mount = mounts(module="tests.patient_mount")
     name = ceph.unique("asked")
     ceph.make_image(name, b"x")
-    osd = ceph.devcluster.status().pids["osd.0"]
-    assert osd is not None
     file = os.open(mount.image(name), os.O_PATH)  # so that the kernel need not look it up again
     path = f"/proc/self/fd/{file}"
-    os.kill(osd, signal.SIGSTOP)  # whoever asks the cluster waits
-    try:
+    with silent(ceph, "osd.0"):  # whoever asks the cluster waits
         answers = {
             "security.selinux": errno.ENOTSUP,
             "system.posix_acl_access": errno.ENOTSUP,
@@ -186,9 +185,7 @@ def test_other_attributes_and_directories_have_none_and_the_cluster_is_not_asked
             assert caught.value.errno == answer
         assert os.getxattr(path, "user.rbd.pool") == b"rbd"
         assert os.listxattr(mount.path) == []
-    finally:
-        os.kill(osd, signal.SIGCONT)
-        os.close(file)
+    os.close(file)
     for attribute in ("user.rbd.nothing", "user.rbd.meta.nothing", "user.rbd.protected"):
         with pytest.raises(OSError, match="No data"):
             os.getxattr(mount.image(name), attribute)

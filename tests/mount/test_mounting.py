@@ -518,11 +518,17 @@ def test_what_somebody_has_unmounted_while_it_is_used_is_only_closed(
 @in_a_child
 def test_a_mount_that_has_taken_its_place_stays(mountpoint: Path, user: int, caplog: pytest.LogCaptureFixture) -> None:
     become(user)
-    first = mount(mountpoint, parse_options([]))
-    number = first.device_number()
-    someone_unmounts(first)
-    second = mount(mountpoint, parse_options(["fsname=second"]))
-    assert second.device_number() == number  # the kernel uses numbers again
+    for _ in range(50):
+        first = mount(mountpoint, parse_options([]))
+        number = first.device_number()
+        someone_unmounts(first)
+        second = mount(mountpoint, parse_options(["fsname=second"]))
+        if second.device_number() == number:  # the kernel uses numbers again
+            break
+        # Something else on this machine was mounted or unmounted meanwhile.
+        second.unmount()
+        first.unmount()
+    assert second.device_number() == number
     assert first.device_number() is None
     first.unmount()
     assert [line[0] for line in mounts_on(mountpoint)] == ["second"]

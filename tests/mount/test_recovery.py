@@ -20,7 +20,7 @@ Mounts = Callable[..., Mount]
 
 OSD_TIMEOUT = 10
 TIMEOUT = ("--osd-timeout", str(OSD_TIMEOUT))
-BACK_SECONDS = 60
+BACK_SECONDS = 150
 TICKET_SECONDS = 8
 """How long a client may go on with a ticket of the key that it had: an hour, or days, by default."""
 SHORT_TICKETS = f"""\

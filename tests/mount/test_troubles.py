@@ -59,7 +59,7 @@ def test_reads_that_no_osd_answers_are_one_line_in_the_log_and_their_end_is_anot
     name = ceph.unique("silent")
     content = random_bytes(16 * MIB)
     ceph.make_image(name, content)
-    mount = mounts("--osd-timeout", "2", "--direct-io", "--cache-size", "0")
+    mount = mounts("--osd-timeout", "5", "--direct-io", "--cache-size", "0", module="tests.patient_mount")
     mount.expect("ERROR", "WARNING")
     with mount.image(name).open("rb", buffering=0) as file:
         descriptor = file.fileno()
@@ -75,10 +75,10 @@ def test_reads_that_no_osd_answers_are_one_line_in_the_log_and_their_end_is_anot
         try:
             with ThreadPoolExecutor(100) as threads:
                 assert all(threads.map(fails, range(200)))
+            assert len([line for line in lines(mount) if "cannot read rbd/" in line]) == 1
         finally:
             ceph.devcluster.start_daemon("osd.0")
-        assert len([line for line in lines(mount) if "cannot read rbd/" in line]) == 1
-        wait_until(lambda: not any(fails(number) for number in range(0, 4096, 512)), 60)
+        wait_until(lambda: not any(fails(number) for number in range(0, 4096, 512)), 150)
         wait_until(lambda: " over after " in mount.log, 60)
     over = [line for line in lines(mount) if "cannot read rbd/" in line and " over " in line]
     assert re.search(rf" NOTICE .*: over after \d+ s and \d\d\d errors: cannot read rbd/{name} at ", over[0])

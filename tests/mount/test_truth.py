@@ -173,7 +173,7 @@ def stopped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 @contextlib.contextmanager
 def deep_copying(ceph: Ceph, source: str, target: str) -> Iterator["subprocess.Popen[bytes]"]:
     """A deep copy that takes its time, ended at the end; it has made the target's snapshot `s` and fills it."""
-    slow = ["--ms-inject-delay-type=osd", "--ms-inject-delay-max=0.012", "--ms-inject-delay-probability=1"]
+    slow = ["--ms-inject-delay-type=osd", "--ms-inject-delay-max=0.02", "--ms-inject-delay-probability=1"]
     command = ["rbd", "deep", "cp", "--no-progress", "--rbd-concurrent-management-ops", "1", *slow]
     environment = os.environ | {"CEPH_CONF": os.fspath(ceph.conf)}
     copying = subprocess.Popen([*command, f"rbd/{source}", f"rbd/{target}"], env=environment)
@@ -225,19 +225,18 @@ def test_a_clone_of_a_snapshot_that_a_deep_copy_fills_is_right_when_it_is_done(
         image.resize(4 * MIB)
         image.create_snap("s")
     target, child = ceph.unique("copied"), ceph.unique("child")
-    with deep_copying(ceph, golden, target) as copying:
-        ceph.run("rbd", "clone", "--rbd-default-clone-format", "2", f"rbd/{target}@s", f"rbd/{child}")
-        with opened(ceph, child) as image:
-            image.create_snap("t")
-        paths = [mode_mount.image(name) for name in (child, f"{child}@t")]
-        with contextlib.ExitStack() as stack:
-            with stopped(copying):
-                for path in paths:
-                    stack.enter_context(idle(path))
-                    assert of_a_moment(cat(path), GOLDEN)
-            assert copying.wait(60) == 0
-            assert_reads_right(ceph, paths[0], child, tmp_path)
-            assert_reads_right(ceph, paths[1], f"{child}@t", tmp_path)
+    with deep_copying(ceph, golden, target) as copying, contextlib.ExitStack() as stack:
+        with stopped(copying):
+            ceph.run("rbd", "clone", "--rbd-default-clone-format", "2", f"rbd/{target}@s", f"rbd/{child}")
+            with opened(ceph, child) as image:
+                image.create_snap("t")
+            paths = [mode_mount.image(name) for name in (child, f"{child}@t")]
+            for path in paths:
+                stack.enter_context(idle(path))
+                assert of_a_moment(cat(path), GOLDEN)
+        assert copying.wait(60) == 0
+        assert_reads_right(ceph, paths[0], child, tmp_path)
+        assert_reads_right(ceph, paths[1], f"{child}@t", tmp_path)
 
 
 @pytest.mark.parametrize("stays_open", [True, False], ids=["older descriptor", "opened twice"])

@@ -94,7 +94,7 @@ def test_an_export_that_runs_while_the_parent_is_migrated_is_right_or_fails(
     with opened(ceph, child) as image:
         image.create_snap("s")
     copy = tmp_path / "copy"
-    command = [*RBDFS, "export", "--no-progress", "--concurrency", "1", "--limit-rate", "1M"]
+    command = [*RBDFS, "export", "--no-progress", "--concurrency", "1", "--limit-rate", "256K"]
     environment = os.environ | {"CEPH_CONF": os.fspath(ceph.conf)}
     command += [f"rbd/{name.format(child)}", os.fspath(copy)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as exporting:
@@ -287,7 +287,7 @@ def test_each_read_is_answered_when_an_image_is_replaced_while_many_wait(
         with looping(*[partial(open_and_close, path)] * 2):
             replace(ceph, golden, how, answers)
             count = answers.count
-            wait_until(lambda: answers.count > count + 100)
+            wait_until(lambda: answers.count > count + 100, 60)
     assert mount.is_running, mount.log
     assert not answers.wrong, answers.wrong[:5]
     assert not of_other.wrong, of_other.wrong[:5]
