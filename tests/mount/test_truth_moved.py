@@ -1,6 +1,7 @@
 """What is migrated, or taken to the trash and back: right bytes or an error, and the first open() afterwards works."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import rados
 import rbd
 
 from tests.cluster import MIB, RBDFS, READ_ONLY_CAPS, Ceph, Mount, random_bytes, wait_until
@@ -231,9 +233,73 @@ def many_reads(mount: Mount, name: str, content: bytes, threads: int = 24) -> It
 
 
 @contextlib.contextmanager
+def without_object(ceph: Ceph, name: str) -> Iterator[None]:
+    """An object of pool rbd is not there for a while."""
+    with ceph.ioctx() as ioctx:
+        data = ioctx.read(name, MIB)
+        with rados.ReadOpCtx() as read:
+            found, _ = ioctx.get_omap_vals(read, "", "", 1000)
+            ioctx.operate_read_op(read, name)
+            values = dict(found)
+        ioctx.remove_object(name)
+        try:
+            yield
+        finally:
+            with rados.WriteOpCtx() as write:
+                write.write_full(data)
+                ioctx.set_omap(write, tuple(values), tuple(values.values()))
+                ioctx.operate_write_op(write, name)
+
+
+@pytest.mark.parametrize("image_format", [1, 2])
+def test_an_image_in_migration_whose_source_is_gone_is_an_error_and_the_mount_lives_on(
+    ceph: Ceph, mounts: Mounts, image_format: int
+) -> None:
+    # librbd 16 would end the process.
+    mount, name, other = mounts(*ceph.credentials(READ_ONLY_CAPS)), ceph.unique("source"), ceph.unique("other")
+    mount.expect("ERROR")
+    create = ("rbd", "create", "--image-format", str(image_format), "--size", "8M", f"rbd/{name}")
+    ceph.run("env", "RBD_FORCE_ALLOW_V1=1", *create)
+    ceph.write_image(name, GOLDEN)
+    ceph.make_image(other, GOLDEN, OBJECT)
+    header = f"{name}.rbd" if image_format == 1 else f"rbd_header.{image_id(ceph, name)}"
+    with migrating(ceph, name, f"{name}-new"):
+        path = mount.image(f"{name}-new")
+        assert path.read_bytes() == GOLDEN
+        with without_object(ceph, header):
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                path.read_bytes()
+            assert "it is in migration: is its source, image " in mount.log
+            assert mount.image(other).read_bytes() == GOLDEN
+        assert path.read_bytes() == GOLDEN
+
+
+def test_an_image_in_migration_whose_source_the_key_may_not_read_says_so_at_open(ceph: Ceph, mounts: Mounts) -> None:
+    pool, name, other = ceph.unique("elsewhere"), ceph.unique("target"), ceph.unique("other")
+    ceph.make_pool(pool)
+    ceph.make_image("source", GOLDEN, OBJECT, pool=pool)
+    ceph.make_image(other, GOLDEN, OBJECT)
+    ceph.run("rbd", "migration", "prepare", f"{pool}/source", f"rbd/{name}")
+    try:
+        mount = mounts(*ceph.credentials(("mon", "profile rbd", "osd", "profile rbd-read-only pool=rbd")))
+        mount.expect("ERROR")
+        with pytest.raises(PermissionError):
+            mount.image(name).read_bytes()
+        assert "it is in migration: the key must be allowed to read its source as well" in mount.log
+        assert mount.image(other).read_bytes() == GOLDEN
+    finally:
+        ceph.run("rbd", "migration", "abort", "--no-progress", f"rbd/{name}")
+        ceph.remove_pool(pool)
+
+
+@contextlib.contextmanager
 def slow_osd(ceph: Ceph) -> Iterator[None]:
-    """Each message to the mounts that are made here takes up to 30 ms, so that reads wait for each other."""
-    settings = "--ms-inject-delay-type=osd --ms-inject-delay-max=0.03 --ms-inject-delay-probability=1"
+    """Each message to the mounts that are made here takes up to 10 ms, so that reads wait for each other.
+
+    With 30 ms, librbd opens the source of a migration for long enough to see it removed, at which librbd 16 ends the
+    process.
+    """
+    settings = "--ms-inject-delay-type=osd --ms-inject-delay-max=0.01 --ms-inject-delay-probability=1"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CEPH_ARGS", settings)
         yield

@@ -36,7 +36,7 @@ LOOK_FULL = {
 ROOM_BYTES = 256 << 20
 """More than any reply of a few KiB may take."""
 
-STRUCTURES = {"value parent", *(f"call rbd.{name}" for name in ("snapshot_get", "trash_get"))} | {
+STRUCTURES = {"value parent", *(f"call rbd.{name}" for name in ("migration_get", "snapshot_get", "trash_get"))} | {
     "call lock.get_info",
     "call rbd.object_map_load",
 }

@@ -6,7 +6,7 @@ they were when it was opened. So each open() and each revalidation asks the head
 
 import errno
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -17,7 +17,7 @@ from rbdfs.catalog import ImageRef, Namespace
 from rbdfs.ceph.bindings import librados
 from rbdfs.ceph.bindings.encoding import NANOSECONDS, Reader, encode_string, understood
 from rbdfs.ceph.bindings.read_op import Call, ReadOperations, Reply, Request
-from rbdfs.ceph.metadata import header
+from rbdfs.ceph.metadata import header, migration
 from rbdfs.ceph.metadata.header import Header
 from rbdfs.ceph.metadata.rbd_directory import DIRECTORY
 from rbdfs.errors import RbdfsError
@@ -169,18 +169,52 @@ class HeaderClient:
         found = dict(zip(images, replies, strict=False))
         if image.snapshot_id is not None and not header.is_users_snapshot(image, found[image]):
             raise RbdfsError(f"cannot {what}: the snapshot was removed", errno.ENOENT)
-        layers = [_layer(image, found[image])]
+        layers = await self._layers(spec, _layer(image, found[image]), found)
+        for layer in layers:
+            if layer.header.features & rbd.RBD_FEATURE_MIGRATING:
+                await self._check_source(spec, layer.image)
+        return ImageState(tuple(layers))
+
+    async def _layers(self, spec: ImageSpec, first: Layer, found: Mapping[ImageRef, Reply]) -> list[Layer]:
+        """An image and its ancestors, of which `found` has some replies."""
+        layers = [first]
         while (parent := layers[-1].header.parent) is not None:
             if any(layer.image == parent.image for layer in layers):
-                raise RbdfsError(f"cannot {what}: its header names itself as an ancestor", errno.EIO)
+                raise RbdfsError(f"cannot ask for {spec}: its header names itself as an ancestor", errno.EIO)
             try:
                 reply = found.get(parent.image)
                 if reply is None:
                     (reply,) = await header.ask(self._operations, [self._request(parent.image)])
                 layers.append(_layer(parent.image, reply))
             except RbdfsError as error:
-                raise _parent_error(spec, parent.image, error) from error
-        return ImageState(tuple(layers))
+                raise _origin_error(spec, parent.image, error, "a clone", "parent") from error
+        return layers
+
+    async def _check_source(self, spec: ImageSpec, image: ImageRef) -> None:
+        """Raise RbdfsError if librbd could not open what an image in migration is made from.
+
+        librbd 16 ends the process then: `NativeFormat::handle_open` logs the error by an ImageCtx that is deleted.
+        """
+        request = Request(self.ioctx_of(image.namespace), header.object_of(image), (migration.GET,))
+        try:
+            answer = (await self._operations.ask(request)).answer(0, f"ask for the migration of {spec}")
+        except RbdfsError as error:
+            if error.errno == errno.ENOENT:  # committed since the header was read
+                return
+            raise
+        source = migration.decode_source(answer)
+        if source is None:
+            return
+        what = f"read the header {header.object_of(source)}"
+        try:
+            if source.format == 1:  # in migration, its header is marked, and librbd knows it
+                stat = Request(self.ioctx_of(source.namespace), header.object_of(source), stat=True)
+                (await self._operations.ask(stat)).check(what)
+            else:
+                (reply,) = await header.ask(self._operations, [self._request(source)])
+                await self._layers(spec, _layer(source, reply), {})
+        except RbdfsError as error:
+            raise _origin_error(spec, source, error, "in migration", "source") from error
 
     def _request(self, image: ImageRef) -> Request:
         request = header.request(self.ioctx_of(image.namespace), image)
@@ -213,12 +247,12 @@ def _decode_lockers(info: bytes) -> frozenset[Locker]:
     return frozenset(lockers)
 
 
-def _parent_error(spec: ImageSpec, parent: ImageRef, error: RbdfsError) -> RbdfsError:
-    where = f"image {parent.id} of pool {parent.namespace.pool.id}"
+def _origin_error(spec: ImageSpec, image: ImageRef, error: RbdfsError, kind: str, role: str) -> RbdfsError:
+    where = f"image {image.id} of pool {image.namespace.pool.id}"
     if error.errno in (errno.EPERM, errno.EACCES):
-        hint = f"it is a clone: the key must be allowed to read its parent as well, {where}"
+        hint = f"it is {kind}: the key must be allowed to read its {role} as well, {where}"
     else:
-        hint = f"it is a clone: is its parent, {where}, still there?"
+        hint = f"it is {kind}: is its {role}, {where}, still there?"
     # Not ENOENT, which rsync and tar take for a file that was just removed.
     number = errno.EIO if error.errno == errno.ENOENT else error.errno
     return RbdfsError(f"cannot ask for {spec}: {error}; {hint}", number)
