@@ -225,18 +225,19 @@ def test_a_clone_of_a_snapshot_that_a_deep_copy_fills_is_right_when_it_is_done(
         image.resize(4 * MIB)
         image.create_snap("s")
     target, child = ceph.unique("copied"), ceph.unique("child")
-    with deep_copying(ceph, golden, target) as copying, contextlib.ExitStack() as stack:
-        with stopped(copying):
-            ceph.run("rbd", "clone", "--rbd-default-clone-format", "2", f"rbd/{target}@s", f"rbd/{child}")
-            with opened(ceph, child) as image:
-                image.create_snap("t")
-            paths = [mode_mount.image(name) for name in (child, f"{child}@t")]
-            for path in paths:
-                stack.enter_context(idle(path))
-                assert of_a_moment(cat(path), GOLDEN)
-        assert copying.wait(60) == 0
-        assert_reads_right(ceph, paths[0], child, tmp_path)
-        assert_reads_right(ceph, paths[1], f"{child}@t", tmp_path)
+    with deep_copying(ceph, golden, target) as copying:
+        ceph.run("rbd", "clone", "--rbd-default-clone-format", "2", f"rbd/{target}@s", f"rbd/{child}")
+        with opened(ceph, child) as image:
+            image.create_snap("t")
+        paths = [mode_mount.image(name) for name in (child, f"{child}@t")]
+        with contextlib.ExitStack() as stack:
+            with stopped(copying):
+                for path in paths:
+                    stack.enter_context(idle(path))
+                    assert of_a_moment(cat(path), GOLDEN)
+            assert copying.wait(60) == 0
+            assert_reads_right(ceph, paths[0], child, tmp_path)
+            assert_reads_right(ceph, paths[1], f"{child}@t", tmp_path)
 
 
 @pytest.mark.parametrize("stays_open", [True, False], ids=["older descriptor", "opened twice"])
