@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+import rados
 import rbd
 
 from rbdfs.ceph.placement import NO_OSD
@@ -68,13 +69,18 @@ def ceph() -> Iterator[Ceph]:
 
 @contextmanager
 def dead(ceph: Ceph, *osds: int) -> Iterator[None]:
-    """Kill these OSDs, and start them again at the end."""
+    """Kill these OSDs, and start them again at the end; then all placement groups answer."""
     for osd in osds:
         ceph.devcluster.kill_daemon(f"osd.{osd}")
     with ExitStack() as stack:
         for osd in reversed(osds):
             stack.callback(ceph.devcluster.start_daemon, f"osd.{osd}")
         yield
+    for pool in POOLS:
+        with ceph.ioctx(pool) as ioctx:
+            for number in range(512):  # that one of 32 groups has none of these names is as good as impossible
+                with suppress(rados.ObjectNotFound):
+                    ioctx.stat(f"any{number}")
 
 
 def make_image(ceph: Ceph, data_pool: str, name: str, seed: int = 1) -> bytes:
