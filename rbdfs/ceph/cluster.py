@@ -269,7 +269,8 @@ class Cluster(Catalog):
         return str(self._connections.current.rados.pool_reverse_lookup(pool_id))
 
     async def _ask_librbd(self, image: ImageRef, function: Callable[[rados.Ioctx, *Ts], T], *args: *Ts) -> T:
-        """Call a blocking function that uses Ceph's own binding of librbd. Raises what it raises."""
+        """Call a blocking function that opens an image by Ceph's own binding. Raises what it raises, and RbdfsError."""
+        await self._headers.check(image)
         where = image.namespace
         return await self._connections.ask(
             lambda connection: partial(function, connection.ioctx(where), *args), where.pool.id

@@ -18,7 +18,7 @@ import pytest
 import rados
 import rbd
 
-from tests.cluster import MIB, RBDFS, READ_ONLY_CAPS, Ceph, Mount, random_bytes, wait_until
+from tests.cluster import MIB, RBDFS, READ_ONLY_CAPS, Ceph, Mount, random_bytes, rbdfs, wait_until
 from tests.mount.test_changes import Mounts
 from tests.truth import (
     FEATURES,
@@ -270,6 +270,11 @@ def test_an_image_in_migration_whose_source_is_gone_is_an_error_and_the_mount_li
             with pytest.raises(OSError, match=os.strerror(errno.EIO)):
                 path.read_bytes()
             assert "it is in migration: is its source, image " in mount.log
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                os.getxattr(path, "user.rbd.watchers")
+            mapped = rbdfs("map", f"rbd/{name}-new", conf=ceph.conf)
+            assert mapped.returncode == 1
+            assert "it is in migration: is its source, image " in mapped.stderr
             assert mount.image(other).read_bytes() == GOLDEN
         assert path.read_bytes() == GOLDEN
 

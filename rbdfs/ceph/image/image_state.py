@@ -169,35 +169,45 @@ class HeaderClient:
         found = dict(zip(images, replies, strict=False))
         if image.snapshot_id is not None and not header.is_users_snapshot(image, found[image]):
             raise RbdfsError(f"cannot {what}: the snapshot was removed", errno.ENOENT)
-        layers = await self._layers(spec, _layer(image, found[image]), found)
+        return ImageState(tuple(await self._layers(str(spec), image, found)))
+
+    async def check(self, image: ImageRef) -> None:
+        """Raise RbdfsError if the image, an ancestor, or what they are made from in a migration cannot be opened.
+
+        librbd 16 ends the process if it cannot open the source of a migration: `NativeFormat::handle_open` logs the
+        error by an ImageCtx that is deleted. `state` checks that, too.
+        """
+        await self._layers(f"image {image.id} of {image.namespace}", image, {})
+
+    async def _layers(self, name: str, image: ImageRef, found: Mapping[ImageRef, Reply]) -> list[Layer]:
+        """An image and its ancestors, of which `found` has some replies. Also checks the sources of migrations."""
+        layers = await self._ancestry(name, image, found)
         for layer in layers:
             if layer.header.features & rbd.RBD_FEATURE_MIGRATING:
-                await self._check_source(spec, layer.image)
-        return ImageState(tuple(layers))
-
-    async def _layers(self, spec: ImageSpec, first: Layer, found: Mapping[ImageRef, Reply]) -> list[Layer]:
-        """An image and its ancestors, of which `found` has some replies."""
-        layers = [first]
-        while (parent := layers[-1].header.parent) is not None:
-            if any(layer.image == parent.image for layer in layers):
-                raise RbdfsError(f"cannot ask for {spec}: its header names itself as an ancestor", errno.EIO)
-            try:
-                reply = found.get(parent.image)
-                if reply is None:
-                    (reply,) = await header.ask(self._operations, [self._request(parent.image)])
-                layers.append(_layer(parent.image, reply))
-            except RbdfsError as error:
-                raise _origin_error(spec, parent.image, error, "a clone", "parent") from error
+                await self._check_source(name, layer.image)
         return layers
 
-    async def _check_source(self, spec: ImageSpec, image: ImageRef) -> None:
-        """Raise RbdfsError if librbd could not open what an image in migration is made from.
+    async def _ancestry(self, name: str, image: ImageRef, found: Mapping[ImageRef, Reply]) -> list[Layer]:
+        layers = [_layer(image, await self._reply(image, found))]
+        while (parent := layers[-1].header.parent) is not None:
+            if any(layer.image == parent.image for layer in layers):
+                raise RbdfsError(f"cannot ask for {name}: its header names itself as an ancestor", errno.EIO)
+            try:
+                layers.append(_layer(parent.image, await self._reply(parent.image, found)))
+            except RbdfsError as error:
+                raise _origin_error(name, parent.image, error, "a clone", "parent") from error
+        return layers
 
-        librbd 16 ends the process then: `NativeFormat::handle_open` logs the error by an ImageCtx that is deleted.
-        """
+    async def _reply(self, image: ImageRef, found: Mapping[ImageRef, Reply]) -> Reply:
+        if image in found:
+            return found[image]
+        (reply,) = await header.ask(self._operations, [self._request(image)])
+        return reply
+
+    async def _check_source(self, name: str, image: ImageRef) -> None:
         request = Request(self.ioctx_of(image.namespace), header.object_of(image), (migration.GET,))
         try:
-            answer = (await self._operations.ask(request)).answer(0, f"ask for the migration of {spec}")
+            answer = (await self._operations.ask(request)).answer(0, f"ask for the migration of {name}")
         except RbdfsError as error:
             if error.errno == errno.ENOENT:  # committed since the header was read
                 return
@@ -211,10 +221,9 @@ class HeaderClient:
                 stat = Request(self.ioctx_of(source.namespace), header.object_of(source), stat=True)
                 (await self._operations.ask(stat)).check(what)
             else:
-                (reply,) = await header.ask(self._operations, [self._request(source)])
-                await self._layers(spec, _layer(source, reply), {})
+                await self._ancestry(name, source, {})
         except RbdfsError as error:
-            raise _origin_error(spec, source, error, "in migration", "source") from error
+            raise _origin_error(name, source, error, "in migration", "source") from error
 
     def _request(self, image: ImageRef) -> Request:
         request = header.request(self.ioctx_of(image.namespace), image)
@@ -247,7 +256,7 @@ def _decode_lockers(info: bytes) -> frozenset[Locker]:
     return frozenset(lockers)
 
 
-def _origin_error(spec: ImageSpec, image: ImageRef, error: RbdfsError, kind: str, role: str) -> RbdfsError:
+def _origin_error(name: str, image: ImageRef, error: RbdfsError, kind: str, role: str) -> RbdfsError:
     where = f"image {image.id} of pool {image.namespace.pool.id}"
     if error.errno in (errno.EPERM, errno.EACCES):
         hint = f"it is {kind}: the key must be allowed to read its {role} as well, {where}"
@@ -255,4 +264,4 @@ def _origin_error(spec: ImageSpec, image: ImageRef, error: RbdfsError, kind: str
         hint = f"it is {kind}: is its {role}, {where}, still there?"
     # Not ENOENT, which rsync and tar take for a file that was just removed.
     number = errno.EIO if error.errno == errno.ENOENT else error.errno
-    return RbdfsError(f"cannot ask for {spec}: {error}; {hint}", number)
+    return RbdfsError(f"cannot ask for {name}: {error}; {hint}", number)
