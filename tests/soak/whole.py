@@ -19,6 +19,10 @@ SHRANK = "File shrank"
 """tar 1.34 says so, and ends with 1, if it gets some of 10 KiB and then an error: it looks at no errno then."""
 
 
+LOST = "getwd"
+"""restic asks for the folder that it is in. The kernel drops one whose lookup fails, by ETIMEDOUT too."""
+
+
 class OneByOne(Reader):
     """Takes the images one after the other."""
 
@@ -99,12 +103,19 @@ class Rsync(WholePool):
 class Restic(WholePool):
     """`restic backup` and `restic check`, and what it then restores."""
 
+    may_see = frozenset({"ETIMEDOUT", LOST})
+
     def copy(self, pool: Path, room: Path) -> None:
         """To a new repository each time, so that it reads everything."""
         environment = os.environ | {"RESTIC_REPOSITORY": f"{room}/repository", "RESTIC_PASSWORD": "secret"}
         run = self.site.programs.run
         run("restic", "init", environment=environment)
-        run("restic", "--no-cache", "backup", ".", folder=pool, environment=environment)
+        try:
+            run("restic", "--no-cache", "backup", ".", folder=pool, environment=environment)
+        except FailedError as error:
+            if LOST in str(error):
+                raise FailedError([LOST], str(error)) from error
+            raise
         run("restic", "--no-cache", "check", "--read-data", environment=environment)
         run("restic", "--no-cache", "restore", "latest", "--target", room / "copy", environment=environment)
 
