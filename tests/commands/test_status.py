@@ -253,7 +253,7 @@ def test_all_mounts_are_shown_each_once(mounts: Mounts, tmp_path: Path) -> None:
 def test_while_no_osd_answers_it_says_at_once_what_waits(ceph: Ceph, mounts: Mounts) -> None:
     name = ceph.unique("waiting")
     ceph.make_image(name, random_bytes(4 * MIB))
-    mount = mounts("--osd-timeout", "12", "--direct-io")
+    mount = mounts("--osd-timeout", "12", "--direct-io", module="tests.patient_mount")
     mount.expect("ERROR", "WARNING")
     reader = (
         "import os, sys\n"

@@ -465,7 +465,7 @@ def reader(path: Path, way: str, offset: int) -> Iterator["subprocess.Popen[str]
 
 
 def test_a_reader_that_is_killed_while_it_waits_is_gone_at_once(ceph: Ceph, mounts: Mounts) -> None:
-    mount = mounts("--osd-timeout", "12")  # with it an OSD that is back is found within 3 s, by default within 10
+    mount = mounts("--osd-timeout", "30")
     name, content = ceph.unique("killed"), random_bytes(24 * MIB)
     ceph.make_image(name, content)
     ceph.resize_image(name, 32 * MIB)  # where the file ends is asked at each seek, where a known hole begins is not
