@@ -11,16 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from subprocess import PIPE
 
 import pytest
 import rbd
 
 from rbdfs.fuse.attributes import ENTRY_SECONDS
+from tests.beats import beating
 from tests.cluster import MIB, Ceph, Mount, random_bytes, running_ceph, silent, wait_until
 from tests.mount.test_device import opened, read_direct, waits_for_a_mount
 
 Mounts = Callable[..., Mount]
+Clock = Callable[[], float]
+"""Seconds: of tests/beats.py."""
 
 OSD_TIMEOUT = 6
 IN_TIME = OSD_TIMEOUT + 2.0
@@ -74,26 +78,33 @@ else:
 """
 
 
-def failed(function: Callable[[], object]) -> tuple[int | None, float]:
+def failed(clock: Clock, function: Callable[[], object]) -> tuple[int | None, float]:
     """The errno that a call ends with, and after how many seconds."""
-    began = time.monotonic()
+    began = clock()
     try:
         function()
     except OSError as error:
-        return error.errno, time.monotonic() - began
-    return None, time.monotonic() - began
+        return error.errno, clock() - began
+    return None, clock() - began
 
 
-def all_at_once(calls: Sequence[Callable[[], object]]) -> list[tuple[int | None, float]]:
+def all_at_once(clock: Clock, calls: Sequence[Callable[[], object]]) -> list[tuple[int | None, float]]:
     """How each of them has ended."""
     with ThreadPoolExecutor(len(calls)) as threads:
-        return list(threads.map(failed, calls))
+        return list(threads.map(partial(failed, clock), calls))
 
 
 def assert_timed_out(ended: Sequence[tuple[int | None, float]]) -> None:
     """Each with an error, and in time."""
     assert {error for error, _ in ended} <= {errno.ETIMEDOUT, errno.EIO}, ended
     assert max(seconds for _, seconds in ended) < IN_TIME + NOISE_SECONDS, ended
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    """What waiting is measured by."""
+    with beating() as clock:
+        yield clock
 
 
 @pytest.fixture
@@ -106,7 +117,7 @@ def mount(mounts: Mounts) -> Mount:
 
 @pytest.mark.parametrize("way", ["page cache", "direct"])
 def test_hundreds_of_reads_fail_together_while_those_of_another_pool_are_answered(
-    ceph: Ceph, mount: Mount, way: str
+    ceph: Ceph, mount: Mount, clock: Clock, way: str
 ) -> None:
     name, content = ceph.unique("many"), random_bytes(4 * MIB)
     for pool in (DEAD, ALIVE):
@@ -118,13 +129,14 @@ def test_hundreds_of_reads_fail_together_while_those_of_another_pool_are_answere
             stack.callback(close, file)
         read = read_direct if way == "direct" else lambda file, offset: os.pread(file, PAGE, offset)
         with silent(ceph, "osd.1"), ThreadPoolExecutor(1) as threads:
-            dead = threads.submit(all_at_once, [lambda at=at: read(files[0], at * 2 * PAGE) for at in range(400)])  # type: ignore[misc]
+            calls = [partial(read, files[0], at * 2 * PAGE) for at in range(400)]
+            dead = threads.submit(all_at_once, clock, calls)
             others: list[float] = []
             while not dead.done():
                 at = len(others) % 512 * 2 * PAGE
-                began = time.monotonic()
+                began = clock()
                 assert read(files[1], at) == content[at : at + PAGE]
-                others.append(time.monotonic() - began)
+                others.append(clock() - began)
             assert_timed_out(dead.result())
     assert max(others) < NOISE_SECONDS, sorted(others)[-5:]
 
@@ -151,7 +163,7 @@ def operations(mount: Mount, pool: str, names: Sequence[str], file: int) -> dict
 
 
 def test_every_operation_fails_in_time_however_many_wait_and_those_of_another_pool_work(
-    ceph: Ceph, mount: Mount
+    ceph: Ceph, mount: Mount, clock: Clock
 ) -> None:
     names = [ceph.unique("each") for _ in range(4)]
     for pool in (DEAD, ALIVE):
@@ -167,11 +179,11 @@ def test_every_operation_fails_in_time_however_many_wait_and_those_of_another_po
         wait_until(lambda: time.monotonic() > looked_up + ENTRY_SECONDS)  # what the kernel was told is old by then
         with silent(ceph, "osd.1"), ThreadPoolExecutor(1) as threads:
             calls = [call for _ in range(40) for call in operations(mount, DEAD, names, files[DEAD]).values()]
-            waiting: Future[list[tuple[int | None, float]]] = threads.submit(all_at_once, calls)
+            waiting: Future[list[tuple[int | None, float]]] = threads.submit(all_at_once, clock, calls)
             rounds = 0
             while not waiting.done():
                 for operation, call in operations(mount, ALIVE, names, files[ALIVE]).items():
-                    error, seconds = failed(lambda: close_if_open(call()))  # noqa: B023
+                    error, seconds = failed(clock, lambda: close_if_open(call()))  # noqa: B023
                     assert error is None, operation
                     assert seconds < NOISE_SECONDS, operation
                 rounds += 1
@@ -208,7 +220,7 @@ def test_a_process_that_is_killed_while_it_waits_is_gone_at_once(ceph: Ceph, mou
     assert path.read_bytes() == random_bytes(8 * MIB)
 
 
-def test_a_signal_that_does_not_kill_interrupts_no_read(ceph: Ceph, mount: Mount) -> None:
+def test_a_signal_that_does_not_kill_interrupts_no_read(ceph: Ceph, mount: Mount, clock: Clock) -> None:
     name = ceph.unique("timer")
     ceph.make_image(name, random_bytes(8 * MIB), pool=DEAD)
     heard = threading.Event()
@@ -216,13 +228,13 @@ def test_a_signal_that_does_not_kill_interrupts_no_read(ceph: Ceph, mount: Mount
     try:
         with opened(mount.image(name, DEAD), os.O_DIRECT) as file, silent(ceph, "osd.1"):
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-            assert_timed_out([failed(lambda: read_direct(file, 4 * MIB))])
+            assert_timed_out([failed(clock, lambda: read_direct(file, 4 * MIB))])
         assert heard.wait(1)
     finally:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_without_monitors_and_osds_each_operation_fails_in_time(ceph: Ceph, mount: Mount) -> None:
+def test_without_monitors_and_osds_each_operation_fails_in_time(ceph: Ceph, mount: Mount, clock: Clock) -> None:
     names = [ceph.unique("all") for _ in range(3)]
     for name in names:
         ceph.make_image(name, random_bytes(MIB))
@@ -234,4 +246,4 @@ def test_without_monitors_and_osds_each_operation_fails_in_time(ceph: Ceph, moun
         with silent(ceph, *daemons):
             calls = [*operations(mount, "rbd", names, file).values(), lambda: os.statvfs(mount.path)]
             calls += [lambda: os.listdir(mount.path), (mount.path / "no-such-pool").stat]
-            assert_timed_out(all_at_once(calls))
+            assert_timed_out(all_at_once(clock, calls))

@@ -6,16 +6,15 @@ import os
 import random
 import struct
 import subprocess
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import rbd
 
 from rbdfs.ceph.metadata import header
+from tests.beats import beating
 from tests.cluster import MIB, Ceph, Mount, random_bytes, wait_until
 from tests.mount.test_device import opened, read_direct, resident_bytes
 
@@ -23,7 +22,6 @@ Mounts = Callable[..., Mount]
 
 ALL_FEATURES = 61  # layering, exclusive-lock, object-map, fast-diff, deep-flatten
 NO_FAST_DIFF = 1 | 4  # layering, exclusive-lock
-BEAT_SECONDS = 0.01
 LAYOUTS = [(MIB, 0, 0), (64 * 1024, 0, 0), (4 * MIB, 0, 0), (MIB, 64 * 1024, 3)]
 SIZE = 40 * MIB + 12_288  # qemu-img knows whole sectors only
 
@@ -298,25 +296,6 @@ def test_du_says_what_rbd_du_says(ceph: Ceph, mounts: Mounts) -> None:
         ceph.remove_pool(pool)
 
 
-@contextmanager
-def beating() -> Iterator[Sequence[None]]:
-    """A clock that stands still when the machine does: it grows by one each BEAT_SECONDS."""
-    beats: list[None] = []
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(BEAT_SECONDS):
-            beats.append(None)
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        yield beats
-    finally:
-        stop.set()
-        thread.join()
-
-
 def test_an_image_of_64_tib_that_is_full_is_sought_and_stated_in_little_memory(ceph: Ceph, mount: Mount) -> None:
     name, beside, objects = ceph.unique("full"), ceph.unique("beside"), 1 << 24
     content = random_bytes(MIB)
@@ -330,15 +309,15 @@ def test_an_image_of_64_tib_that_is_full_is_sought_and_stated_in_little_memory(c
     with opened(mount.image(beside), os.O_DIRECT) as other, opened(mount.image(name)) as file:
         before = resident_bytes(mount)
         assert mount.image(name).stat().st_blocks * 512 == objects * 4 * MIB
-        waits: list[int] = []
-        with ThreadPoolExecutor(1) as threads, beating() as beats:
+        waits: list[float] = []
+        with ThreadPoolExecutor(1) as threads, beating() as clock:
             sought = threads.submit(os.lseek, file, 0, os.SEEK_HOLE)
             while not sought.done() or not waits:
-                began = len(beats)
+                began = clock()
                 offset = len(waits) % 200 * 4096
                 assert read_direct(other, offset) == content[offset : offset + 4096]
-                waits.append(len(beats) - began)
-        assert max(waits) < 1.0 / BEAT_SECONDS
+                waits.append(clock() - began)
+        assert max(waits) < 1.0
         assert sought.result() == objects * 4 * MIB
         assert os.lseek(file, 5 << 40, os.SEEK_DATA) == 5 << 40
         # Its map has 4 MiB, and is decoded and kept.
