@@ -281,7 +281,7 @@ def test_the_watchdog_hears_of_the_mount_while_the_whole_cluster_is_dead(ceph: C
             thread.join(60)
         os.close(file)
     assert not any(thread.is_alive() for thread in askers)
-    assert re.search(f"cannot read rbd/{name} at |rbd/{name}: read was not answered", service.end())
+    assert f"cannot read rbd/{name} at " in service.end()
 
 
 def test_the_watchdog_hears_of_a_mount_that_no_path_leads_to(ceph: Ceph, services: Services) -> None:

@@ -14,6 +14,7 @@ import rbd
 
 from tests.attributes import compare
 from tests.cluster import MIB, READ_ONLY_CAPS, Ceph, Mount, silent
+from tests.mount.test_device import opened
 
 Mounts = Callable[..., Mount]
 
@@ -171,9 +172,9 @@ def test_other_attributes_and_directories_have_none_and_the_cluster_is_not_asked
     mount = mounts(module="tests.patient_mount")
     name = ceph.unique("asked")
     ceph.make_image(name, b"x")
-    file = os.open(mount.image(name), os.O_PATH)  # so that the kernel need not look it up again
-    path = f"/proc/self/fd/{file}"
-    with silent(ceph, "osd.0"):  # whoever asks the cluster waits
+    # A descriptor, so that the kernel need not look it up again. A question to the cluster would wait.
+    with opened(mount.image(name), os.O_PATH) as file, silent(ceph, "osd.0"):
+        path = f"/proc/self/fd/{file}"
         answers = {
             "security.selinux": errno.ENOTSUP,
             "system.posix_acl_access": errno.ENOTSUP,
@@ -185,7 +186,6 @@ def test_other_attributes_and_directories_have_none_and_the_cluster_is_not_asked
             assert caught.value.errno == answer
         assert os.getxattr(path, "user.rbd.pool") == b"rbd"
         assert os.listxattr(mount.path) == []
-    os.close(file)
     for attribute in ("user.rbd.nothing", "user.rbd.meta.nothing", "user.rbd.protected"):
         with pytest.raises(OSError, match="No data"):
             os.getxattr(mount.image(name), attribute)

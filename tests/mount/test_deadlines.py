@@ -26,10 +26,10 @@ Mounts = Callable[..., Mount]
 Clock = Callable[[], float]
 """Seconds: of tests/beats.py."""
 
-OSD_TIMEOUT = 6
+OSD_TIMEOUT = 4
 IN_TIME = OSD_TIMEOUT + 2.0
 """What is promised, in seconds."""
-NOISE_SECONDS = 3.5
+NOISE_SECONDS = 1.5
 """How late a busy machine may be. One group of requests after the other would take twice the timeout."""
 GONE_SECONDS = 15
 """A process that is killed is gone in 2 s, or, if nobody sees that it was, after --osd-timeout."""
@@ -109,7 +109,7 @@ def clock() -> Iterator[Clock]:
 
 @pytest.fixture
 def mount(mounts: Mounts) -> Mount:
-    """One that waits for 6 s."""
+    """One that waits for 4 s."""
     mount = mounts("--osd-timeout", str(OSD_TIMEOUT))
     mount.expect("ERROR", "WARNING")
     return mount

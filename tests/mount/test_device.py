@@ -38,8 +38,8 @@ KIB = 1024
 LAYERING = rbd.RBD_FEATURE_LAYERING
 PROMPT_SECONDS = 10.0
 """A call that nothing holds up returns within this, on a busy machine."""
-STOP_SECONDS = 15.0
-"""A mount ends within 5 s; the rest is for a busy machine."""
+STOP_SECONDS = 5.0
+"""Within this a mount ends."""
 CLOSE_SECONDS = 2.0
 """How long a close() may wait to hear whether the image is still there (open_image.FLUSH_SECONDS)."""
 LOAD_SECONDS = 8.0

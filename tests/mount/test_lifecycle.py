@@ -19,8 +19,7 @@ from rbdfs import __version__
 from tests.cluster import CHECKOUT, MIB, RBDFS, READ_ONLY_CAPS, Ceph, Mount, random_bytes, rbdfs, wait_until
 
 Mounts = Callable[..., Mount]
-STOP_SECONDS = 15
-"""A mount ends within 5 s; else it would wait for --osd-timeout (120 s). The rest is for a busy machine."""
+STOP_SECONDS = 5
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def test_an_unreachable_cluster_is_given_up_after_the_timeout(ceph: Ceph, folder
     began = time.monotonic()
     said = refused("-m", "127.0.0.1:1", "--connect-timeout", "2", conf=ceph.conf, folder=folder)
     assert "no monitor answered within 2 s (mon_host: 127.0.0.1:1)" in said
-    assert time.monotonic() - began < 25  # the default is 30
+    assert time.monotonic() - began < 10
 
 
 def test_a_missing_keyring_a_missing_key_and_a_wrong_key_are_told_apart(ceph: Ceph, folder: Path) -> None:

@@ -45,6 +45,6 @@ def test_the_timeout_holds_if_all_are_dead(ceph: Ceph, silent: list[str]) -> Non
     began = time.monotonic()
     monitors = ",".join([REFUSES, *silent])
     done = rbdfs("map", "-m", monitors, "--connect-timeout", "3", "vm1", conf=ceph.conf)
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 10
     assert done.returncode == 1
     assert f"no monitor answered within 3 s (mon_host: {monitors})" in done.stderr

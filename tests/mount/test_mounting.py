@@ -525,7 +525,7 @@ def test_a_mount_that_has_taken_its_place_stays(mountpoint: Path, user: int, cap
         second = mount(mountpoint, parse_options(["fsname=second"]))
         if second.device_number() == number:  # the kernel uses numbers again
             break
-        # Something else on this machine was mounted or unmounted meanwhile.
+        # Something else on this machine was mounted or unmounted in between.
         second.unmount()
         first.unmount()
     assert second.device_number() == number

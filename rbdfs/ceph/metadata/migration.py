@@ -7,7 +7,7 @@ from rbdfs.ceph.bindings.encoding import Reader, understood
 from rbdfs.ceph.bindings.read_op import Call
 
 GET: Final = Call(b"migration_get")
-"""Asks the header object."""
+"""A call on the header object."""
 
 _VERSION: Final = 3
 _TARGET: Final = 2
